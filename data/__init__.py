@@ -1,0 +1,1 @@
+"""Records -> contexts: parquet rows become examples, examples become lists of segments."""

@@ -1,0 +1,135 @@
+"""Student and teacher contexts: Eq. 1-2 and 5-6 of the paper as lists of segments.
+
+    C_S = [sys, img, question]
+    C_T = [sys, img, question, ref_intro, VT_1 ... VT_n, transition]
+
+The teacher sees the visual thoughts and nothing else that is privileged: no thought text and no
+answer ever enters a context.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import PIL.Image
+import torch
+
+from data.example import Example, ExampleError
+from data.processor import Processor
+from data.transforms import to_segment
+from modeling.sequence import Image, Segment, Text
+
+VisualThoughts = Literal["real", "noise", "none"]
+SftContext = Literal["student", "teacher", "teacher_noise"]
+
+
+def question_context(
+    images: Sequence[PIL.Image.Image], question: str, processor: Processor
+) -> list[Segment]:
+    """[sys, images in order, question + suffix] for any input, with or without an Example."""
+    return [
+        *_text(processor.prompts.system, processor),
+        *(processor.transform.segment(image) for image in images),
+        *_text(question + processor.prompts.instruction_suffix, processor),
+    ]
+
+
+def student_context(example: Example, processor: Processor) -> list[Segment]:
+    """C_S, Eq. 2: system prompt, problem image, question."""
+    return question_context([example.problem_image], example.question, processor)
+
+
+def teacher_context(
+    example: Example,
+    processor: Processor,
+    vt: VisualThoughts = "real",
+    noise_seed: int | None = None,
+    image_scale: float = 1.0,
+) -> list[Segment]:
+    """C_T, Eq. 1 (vt="real") or Eq. 6 (vt="noise").
+
+    Args:
+        vt: "noise" puts N(0, 1) pixels of the same shape, in normalised space, in place of each
+            visual thought; "none" keeps the prompts around them only (a control).
+        noise_seed: seed of the noise, required for vt="noise" and for nothing else.
+        image_scale: shrinks the sides of the visual thoughts when a token cap asks for it.
+
+    Raises:
+        ExampleError: the example has no visual thought although `vt` asks for them.
+    """
+    return [
+        *student_context(example, processor),
+        *_text(processor.prompts.reference_intro, processor),
+        *_visual_thoughts(example, processor, vt, noise_seed, image_scale),
+        *_text(processor.prompts.transition, processor),
+    ]
+
+
+def reference_completion(example: Example, processor: Processor) -> list[int]:
+    """Token ids of the data set's own text reasoning: the target of the SFT baseline."""
+    if not example.full_text_only_thought:
+        raise ExampleError(
+            f"{example.key}: full_text_only_thought is empty or was not read; "
+            "fill the column, or ask for it when loading"
+        )
+    text = f"<think>{example.full_text_only_thought}</think><answer>{example.answer}</answer>"
+    return processor.tokenizer.encode(text)
+
+
+def completion(rounds: Sequence[Sequence[int]]) -> list[Text]:
+    """One block with loss per round: opening token and ids predict ids and closing token."""
+    return [Text(tuple(token_ids), loss=True) for token_ids in rounds]
+
+
+def sft_sequence(
+    example: Example,
+    processor: Processor,
+    context: SftContext = "student",
+    noise_seed: int | None = None,
+) -> list[Segment]:
+    """A context followed by the reference completion; loss on the completion only.
+
+    The text-only baseline uses "student". The other two make a model that reads visual thoughts.
+    """
+    if context == "student":
+        segments = student_context(example, processor)
+    elif context == "teacher":
+        segments = teacher_context(example, processor)
+    elif context == "teacher_noise":
+        segments = teacher_context(example, processor, "noise", noise_seed)
+    else:
+        raise ValueError(f"context={context!r} is not student, teacher or teacher_noise")
+    return [*segments, *completion([reference_completion(example, processor)])]
+
+
+def _text(text: str, processor: Processor) -> list[Text]:
+    return [Text(tuple(processor.tokenizer.encode(text)))] if text else []
+
+
+def _visual_thoughts(
+    example: Example,
+    processor: Processor,
+    vt: VisualThoughts,
+    noise_seed: int | None,
+    scale: float,
+) -> list[Image]:
+    if vt not in ("real", "noise", "none"):
+        raise ValueError(f"vt={vt!r} is not real, noise or none")
+    if (vt == "noise") != (noise_seed is not None):
+        raise ValueError(f"vt={vt!r} with noise_seed={noise_seed}: noise is seeded, nothing else")
+    if vt == "none":
+        return []
+    if not example.visual_thoughts:
+        raise ExampleError(
+            f"{example.key}: no visual thought for the teacher ({example.skipped_vts} could not be "
+            "decoded); drop the row or use vt='none'"
+        )
+    transform = processor.transform
+    if vt == "real":
+        return [transform.segment(image, scale) for image in example.visual_thoughts]
+    generator = torch.Generator().manual_seed(noise_seed)
+    segments = []
+    for image in example.visual_thoughts:
+        width, height = transform.size(*image.size, scale=scale)
+        noise = torch.randn(3, height, width, generator=generator)
+        segments.append(to_segment(noise, transform.image_stride))
+    return segments

@@ -1,0 +1,87 @@
+# shellcheck shell=bash
+# What the launchers share: the repository root as working directory, the environment, positional arguments, flags
+# that are only passed when somebody set them (so that a --preset decides the rest), and torchrun's arguments from
+# torchrun's own (PET_*), SLURM's or ARNOLD's variables, with a single node as the default. DRY_RUN=1 prints the command.
+source "$(dirname -- "${BASH_SOURCE[0]}")/../environment.sh"
+cd "$REPO_ROOT" || exit
+activate_environment
+
+# positionals "NAME NAME ..." "$@": leading arguments go to the names, the rest, from the first flag on, to FLAGS.
+# An environment variable of that name is the default of a positional.
+positionals() {
+  local name names=$1
+  shift
+  for name in $names; do
+    if (($#)) && [[ $1 != -* ]]; then
+      printf -v "$name" '%s' "$1"
+      shift
+    else
+      printf -v "$name" '%s' "${!name:-}"
+    fi
+  done
+  FLAGS=("$@")
+}
+
+# given --flag value [--flag value ...]: adds those with a non-empty value to GIVEN
+GIVEN=()
+given() {
+  while (($#)); do
+    if [[ -n $2 ]]; then GIVEN+=("$1" "$2"); fi
+    shift 2
+  done
+}
+
+at_least_one() { echo $(($1 > 1 ? $1 : 1)); }
+
+processes_per_node() { # the number of GPUs, or one process on the CPU, unless somebody says otherwise
+  local gpus
+  gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ') || true
+  echo "${NPROC_PER_NODE:-${NPROC:-${PET_NPROC_PER_NODE:-${ARNOLD_WORKER_GPU:-${SLURM_GPUS_ON_NODE:-$(at_least_one "$gpus")}}}}}"
+}
+
+torchrun_arguments() { # PROCESSES: prints one argument per line
+  local processes=$1 nodes rank address port
+  nodes=${NNODES:-${PET_NNODES:-${ARNOLD_WORKER_NUM:-${SLURM_NNODES:-1}}}}
+  printf '%s\n' --nnodes "$nodes" --nproc_per_node "$processes"
+  address=${MASTER_ADDR:-${PET_MASTER_ADDR:-${ARNOLD_WORKER_0_HOST:-}}}
+  port=${MASTER_PORT:-${PET_MASTER_PORT:-${ARNOLD_WORKER_0_PORT:-}}}
+  if [[ $nodes == 1 && -z $address ]]; then
+    # any free port, on the loopback device: two runs on one machine do not meet
+    printf '%s\n' --rdzv_backend c10d --rdzv_endpoint "127.0.0.1:${port:-0}" --local_addr 127.0.0.1
+    return
+  fi
+  rank=${NODE_RANK:-${PET_NODE_RANK:-${ARNOLD_ID:-${SLURM_NODEID:-0}}}}
+  if [[ -z $address && -n ${SLURM_JOB_NODELIST:-} ]]; then
+    address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  fi
+  if [[ -z $address ]]; then
+    die "$nodes nodes, but none of MASTER_ADDR, ARNOLD_WORKER_0_HOST, SLURM_JOB_NODELIST is set"
+  fi
+  port=${port%%,*} # ARNOLD lists several; the first is for the rendezvous
+  printf '%s\n' --node_rank "$rank" --master_addr "$address" --master_port "${port:-29500}"
+}
+
+# run COMMAND...: replaces this shell, or prints the command, quoted for a shell, when DRY_RUN=1
+run() {
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf '%q ' "$@"
+    echo
+    exit 0
+  fi
+  command -v "$1" >/dev/null || die "$1 is not installed: see INSTALL.md, or run bash scripts/quickstart.sh"
+  exec "$@"
+}
+
+# launch MODULE ARGUMENTS...: under torchrun, with what was given and the extra flags last
+launch() {
+  local processes arguments IFS=$'\n'
+  processes=$(processes_per_node)
+  # share the cores out; torchrun would warn and give each process one
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $(($(getconf _NPROCESSORS_ONLN) / processes)))}
+  # sampling keeps a rank away from collectives for minutes; NCCL's watchdog must not take that for a hang
+  export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-1800}
+  arguments=$(torchrun_arguments "$processes") || exit 1
+  # shellcheck disable=SC2206 # split on newlines only; the bash of macOS has no mapfile
+  arguments=($arguments)
+  run torchrun "${arguments[@]}" -m "$@" ${GIVEN[@]+"${GIVEN[@]}"} ${FLAGS[@]+"${FLAGS[@]}"}
+}

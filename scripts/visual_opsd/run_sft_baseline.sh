@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Text-only SFT: cross-entropy on the text reasoning traces, from BAGEL rather than ThinkMorph as in the paper.
+#   bash scripts/visual_opsd/run_sft_baseline.sh [MODEL_PATH [TOTAL_STEPS [OUTPUT_NAME]]] [--flag value ...]
+# Environment: NPROC_PER_NODE, DRY_RUN. What is not given is left to the trainer: paper or --preset.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+positionals "MODEL_PATH TOTAL_STEPS OUTPUT_NAME" "$@"
+given --total_steps "$TOTAL_STEPS"
+name=${OUTPUT_NAME:-sft-baseline}
+launch train.sft --model_path "${MODEL_PATH:-models/BAGEL-7B-MoT}" \
+  --results_dir "results/$name" --checkpoint_dir "checkpoints/$name"

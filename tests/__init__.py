@@ -1,0 +1,1 @@
+"""Tests: numbers and invariants, run with bash scripts/test.sh."""

@@ -1,0 +1,237 @@
+"""Mixtures: order as a pure function of (seed, index), weights, epochs, skips, loading."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data.example import DataError, ExampleError
+from data.mixture import Mixture, MixtureConfig, load_mixture, loader
+from data.transforms import ImageTransform
+from tests.data_helpers import cell, record, write_source
+
+CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.yaml"))
+OPSD = {"group": "visual_opsd", "dataset_names": ("A", "B")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    write_source(folder, "A", [record(i) for i in range(30)], files=2)
+    write_source(folder, "B", [record(i) for i in range(10)])
+    return folder
+
+
+def mixture(root, seed=0, **config):
+    return Mixture(MixtureConfig(**{**OPSD, **config}), root, seed)
+
+
+def keys(source, indices):
+    return [source.draw(i).example.key for i in indices]
+
+
+def test_draws_depend_on_seed_and_index_only(root):
+    forward = keys(mixture(root), range(60))
+    assert keys(mixture(root), reversed(range(60))) == forward[::-1]
+    assert keys(mixture(root, seed=1), range(60)) != forward
+
+
+def test_one_epoch_of_the_mixture_holds_every_row_once(root):
+    source = mixture(root)
+    everything = {f"A/p{i}" for i in range(30)} | {f"B/p{i}" for i in range(10)}
+    for epoch in range(3):
+        drawn = [source.draw(i) for i in range(40 * epoch, 40 * (epoch + 1))]
+        assert {draw.example.key for draw in drawn} == everything
+        assert {draw.epoch for draw in drawn} == {epoch}
+    assert keys(source, range(40)) != keys(source, range(40, 80))
+
+
+def test_every_row_once_per_epoch_of_a_weighted_source(root):
+    source = mixture(root, weights=(1, 3))
+    epochs = {}
+    for i in range(200):
+        draw = source.draw(i)
+        epochs.setdefault((draw.example.source, draw.epoch), []).append(draw.row)
+    for (name, epoch), rows in epochs.items():
+        assert len(set(rows)) == len(rows), f"{name} repeats a row in epoch {epoch}"
+    full = [rows for (name, _), rows in epochs.items() if name == "B" and len(rows) == 10]
+    assert len(full) >= 12
+    assert len({tuple(rows) for rows in full}) == len(full)
+
+
+@pytest.mark.parametrize("weights", [(1, 3), (0.9, 0.1)])
+def test_weights_are_respected(root, weights):
+    schedule = mixture(root, weights=weights)._schedule
+    counts = Counter(schedule.place(i)[0] for i in range(20_000))
+    assert counts[0] / 20_000 == pytest.approx(weights[0] / sum(weights), abs=1e-4)
+    early = Counter(schedule.place(i)[0] for i in range(1000))
+    assert early[0] / 1000 == pytest.approx(weights[0] / sum(weights), abs=0.06)
+
+
+def test_positions_in_a_source_are_consecutive(root):
+    schedule = mixture(root, weights=(1, 3))._schedule
+    seen = Counter()
+    for i in range(25_000):
+        which, position = schedule.place(i)
+        assert position == seen[which]
+        seen[which] += 1
+
+
+def test_windows_keep_reading_local(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.order.WINDOW_GROUPS", 2)
+    write_source(tmp_path, "A", [record(i) for i in range(64)])
+    source = mixture(tmp_path, dataset_names=("A",))
+    groups = [source.draw(i).row // 4 for i in range(64)]
+    assert [len(set(groups[i : i + 8])) for i in range(0, 64, 8)] == [2] * 8
+    assert groups != sorted(groups)
+
+
+def test_num_used_data_takes_the_first_rows(root):
+    source = mixture(root, num_used_data=(5, 3))
+    assert source.num_rows == 8
+    expected = {f"A/p{i}" for i in range(5)} | {f"B/p{i}" for i in range(3)}
+    assert set(keys(source, range(8))) == expected
+
+
+def damaged(folder, bad, total=40):
+    rows = [record(i) for i in range(total)]
+    for index in bad:
+        rows[index]["problem_image_0"] = cell(b"\x89PNG\r\n\x1a\n junk")
+    write_source(folder, "A", rows)
+    return mixture(folder, dataset_names=("A",), max_skip_fraction=0.05)
+
+
+def test_damaged_rows_are_replaced_by_the_next_row_and_counted(tmp_path):
+    source = damaged(tmp_path, bad=[7, 8])
+    drawn = [source.draw(i) for i in range(40)]
+    counts = Counter(draw.row for draw in drawn)
+    assert counts == Counter({**{row: 1 for row in range(40) if row not in (7, 8)}, 9: 3})
+    assert sorted(draw.skipped for draw in drawn if draw.skipped) == [1, 2]
+    again = damaged(tmp_path, bad=[7, 8])
+    assert [again.draw(i).row for i in range(40)] == [draw.row for draw in drawn]
+
+
+def test_too_many_damaged_rows_stop_the_run(tmp_path):
+    source = damaged(tmp_path, bad=range(0, 40, 8))
+    with pytest.raises(DataError, match=r"max_skip_fraction=0.05.*row \d+ of A: column problem_im"):
+        for i in range(400):
+            source.draw(i)
+    assert source._tried >= 200
+
+
+def test_rows_without_visual_thoughts_are_not_drawn_for_opsd(tmp_path):
+    rows = [record(i) for i in range(8)]
+    rows[3]["reasoning_image_0"] = cell(None)
+    write_source(tmp_path, "A", rows)
+    source = mixture(tmp_path, dataset_names=("A",))
+    drawn = [source.draw(i) for i in range(8)]
+    assert {draw.row for draw in drawn} == {0, 1, 2, 4, 5, 6, 7}
+    assert sum(draw.skipped for draw in drawn) == 1
+
+
+def test_a_source_without_usable_rows_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="none of its 5 rows is usable"):
+        damaged(tmp_path, bad=range(5), total=5).draw(0)
+
+
+def test_groups_read_what_they_need(root):
+    opsd = mixture(root).draw(0).example
+    assert (len(opsd.visual_thoughts), opsd.full_text_only_thought, opsd.thoughts) == (1, "", ())
+    text = mixture(root, group="text_reasoning").draw(0).example
+    assert text.full_text_only_thought.startswith("because")
+    assert text.visual_thoughts == ()
+    contexts = {"default": {"teacher": 1.0}}
+    both = mixture(root, group="text_reasoning", contexts=contexts).draw(0)
+    assert (len(both.example.visual_thoughts), both.context) == (1, "teacher")
+
+
+def test_contexts_follow_their_shares(root):
+    contexts = {"default": {"student": 1, "teacher": 3}, "B": {"teacher_noise": 0.5}}
+    source = mixture(root, group="text_reasoning", contexts=contexts)
+    drawn = [source.draw(i) for i in range(1200)]
+    counts = Counter((draw.example.source, draw.context) for draw in drawn)
+    assert set(counts) == {("A", "student"), ("A", "teacher"), ("B", "teacher_noise")}
+    assert counts["A", "teacher"] / 900 == pytest.approx(0.75, abs=0.05)
+    assert [source.draw(i).context for i in range(50)] == [draw.context for draw in drawn[:50]]
+    assert mixture(root).draw(0).context == "student"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_order_does_not_depend_on_workers(root, num_workers):
+    batches = list(loader(mixture(root), 4, start_step=3, steps=5, num_workers=num_workers))
+    assert [[row for row, _ in batch] for batch in batches] == [[0, 1, 2, 3]] * 5
+    drawn = [draw for batch in batches for _, draw in batch]
+    assert [draw.index for draw in drawn] == list(range(12, 32))
+    assert [draw.example.key for draw in drawn] == keys(mixture(root), range(12, 32))
+
+
+def test_order_does_not_depend_on_world_size(root):
+    whole = [flat for batch in loader(mixture(root), 4, 0, 6) for flat in batch]
+    for world in (2, 4):
+        parts = [list(loader(mixture(root), 4, 0, 6, rank, world)) for rank in range(world)]
+        joined = [flat for step in range(6) for part in parts for flat in part[step]]
+        assert [(row, d.example.key) for row, d in joined] == [
+            (row, d.example.key) for row, d in whole
+        ]
+    with pytest.raises(ValueError, match="global_batch=4 must be a positive multiple of world=3"):
+        loader(mixture(root), 4, rank=0, world=3)
+
+
+def test_spawned_workers_read_the_same(root):
+    source = mixture(root)
+    source.draw(0)
+    (batch,) = loader(source, 2, steps=1, num_workers=1, start_method="spawn")
+    assert [draw.example.key for _, draw in batch] == keys(source, range(2))
+
+
+def test_worker_errors_reach_the_caller(tmp_path):
+    source = damaged(tmp_path, bad=range(5), total=5)
+    with pytest.raises(DataError, match="none of its 5 rows is usable"):
+        list(loader(source, 2, steps=1, num_workers=1))
+    assert issubclass(ExampleError, DataError)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load(path, tmp_path):
+    config = MixtureConfig.load(path)
+    assert len(config.dataset_names) == 4
+    for name in config.dataset_names:
+        write_source(tmp_path, name, [record(i) for i in range(3)])
+    source = load_mixture(path, tmp_path, seed=1)
+    assert {source.draw(i).example.source for i in range(60)} == set(config.dataset_names)
+
+
+def test_shipped_paper_config_is_the_paper():
+    (path,) = (path for path in CONFIGS if path.stem == "visual_opsd")
+    config = MixtureConfig.load(path)
+    assert config.vit_image_transform_args == ImageTransform(980, 378, 14, 2_007_040)
+    assert (config.max_reference_rounds, config.weights, config.num_used_data) == (8, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("visual_opsd: {dataset_names: [A], weigths: [1]}", "unknown keys .'weigths'.*known keys"),
+        ("visual_opsd: [A]", "needs dataset_names"),
+        ("visual_opsd: {split: train}", "needs dataset_names; keys are"),
+        ("t2i: {dataset_names: [A]}", "one top-level key out of visual_opsd, text_reasoning"),
+        ("visual_opsd: {dataset_names: [A, B], weights: [1]}", "weights .1. needs one positive"),
+        ("visual_opsd: {dataset_names: [A, A]}", "empty or has repeats"),
+        ("visual_opsd: {dataset_names: [A], num_used_data: [0]}", "num_used_data .0. needs"),
+        ("visual_opsd: {dataset_names: [A], split: dev}", "split 'dev'"),
+        (
+            "text_reasoning: {dataset_names: [A], contexts: {default: {tutor: 1}}}",
+            "expected non-negative shares",
+        ),
+        ("text_reasoning: {dataset_names: [A], contexts: {C: {teacher: 1}}}", "contexts names 'C'"),
+        (
+            "visual_opsd: {dataset_names: [A], vit_image_transform_args: {image_stride: 14}}",
+            "vit_image_transform_args: expected exactly",
+        ),
+    ],
+)
+def test_wrong_configs_are_refused(tmp_path, text, message):
+    path = tmp_path / "mixture.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        MixtureConfig.load(path)

@@ -1,0 +1,60 @@
+"""Processor: what a checkpoint folder stores and what released folders lack."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from data.processor import Processor
+from data.prompts import MINI, PAPER
+from data.transforms import ImageTransform
+from modeling.tokenizer import Tokenizer
+from tests.data_helpers import SMALL, small_processor
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Backend(WordLevel({"left": 0, "right": 1, "?": 2}, unk_token="?"))
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?"))
+
+
+def test_round_trip(tokenizer, tmp_path):
+    Processor(tokenizer, SMALL, MINI).save_pretrained(tmp_path)
+    loaded = Processor.from_pretrained(tmp_path)
+    assert (loaded.transform, loaded.prompts) == (SMALL, MINI)
+    assert loaded.tokenizer.encode("right") == [1]
+    assert loaded.tokenizer.special == tokenizer.special
+
+
+@pytest.mark.parametrize("foreign", [None, {"image_processor_type": "SiglipImageProcessor"}])
+def test_released_folders_get_the_paper_settings(tokenizer, tmp_path, foreign):
+    tokenizer.save(tmp_path)
+    if foreign:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(foreign))
+    loaded = Processor.from_pretrained(tmp_path)
+    assert loaded.transform == ImageTransform(980, 378, 14, 2_007_040)
+    assert loaded.prompts == PAPER
+
+
+def test_wrong_files_are_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"prompt_set": "papr"}))
+    with pytest.raises(ValueError, match="prompt_set 'papr' is not one of"):
+        Processor.from_pretrained(tmp_path)
+    file.write_text(json.dumps({"prompt_set": "mini", "stride": 14}))
+    with pytest.raises(ValueError, match="expected exactly .*got .'stride'"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_unnamed_prompts_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="add them there"):
+        small_processor().save_pretrained(tmp_path)
+
+
+def test_mixture_limits_replace_those_of_the_checkpoint():
+    processor = small_processor()
+    assert processor.with_transform(None) is processor
+    assert processor.with_transform(ImageTransform()).transform.max_image_size == 980

@@ -1,0 +1,298 @@
+"""The launchers: which command each of them builds, in a clean environment, without running it."""
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHERS = ROOT / "scripts" / "visual_opsd"
+NAMES = ["run_kl_diagnostic", "run_visual_opsd", "run_visual_opsd_noise", "run_sft_baseline"]
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
+
+
+def run(name: str, *args: str, path: str = "", **env: str) -> subprocess.CompletedProcess:
+    """A launcher with DRY_RUN=1, nothing else in the environment, from another folder."""
+    clean = {"PATH": f"{path}/usr/bin:/bin", "DRY_RUN": "1", **env}
+    command = ["bash", str(LAUNCHERS / f"{name}.sh"), *args]
+    return subprocess.run(command, env=clean, cwd="/", capture_output=True, text=True, timeout=60)
+
+
+def argv(name: str, *args: str, **env: str) -> list[str]:
+    result = run(name, *args, **env)
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout)
+
+
+def flags(command: list[str]) -> dict[str, str]:
+    """The values by flag, of what stands behind `-m MODULE`; every flag takes one value."""
+    tail = command[command.index("-m") + 2 :]
+    assert len(tail) % 2 == 0, tail
+    assert all(flag.startswith("--") for flag in tail[::2]), tail
+    return dict(zip(tail[::2], tail[1::2], strict=True))
+
+
+def torchrun_flags(command: list[str]) -> dict[str, str]:
+    assert command[0] == "torchrun"
+    head = command[1 : command.index("-m")]
+    return dict(zip(head[::2], head[1::2], strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_parses_as_bash(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (requirements-dev.txt)")
+    result = subprocess.run(["shellcheck", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_short_and_strict(name: str) -> None:
+    lines = (LAUNCHERS / f"{name}.sh").read_text().splitlines()
+    assert len(lines) <= 30
+    assert "set -euo pipefail" in lines
+
+
+def test_visual_opsd_without_arguments_leaves_every_hyperparameter_to_the_trainer() -> None:
+    command = argv("run_visual_opsd")
+    assert command[command.index("-m") + 1] == "train.opsd"
+    assert flags(command) == {
+        "--model_path": "models/ThinkMorph-7B",
+        "--results_dir": "results/visual-opsd-ema-beta0.5",
+        "--checkpoint_dir": "checkpoints/visual-opsd-ema-beta0.5",
+    }
+
+
+def test_visual_opsd_positionals_arrive_under_the_trainers_flag_names() -> None:
+    command = argv("run_visual_opsd", "m", "self", "0.3", "2.0", "0.7", "123", "my run")
+    assert flags(command) == {
+        "--model_path": "m",
+        "--teacher_mode": "self",
+        "--jsd_beta": "0.3",
+        "--jsd_temperature": "2.0",
+        "--jsd_weight": "0.7",
+        "--total_steps": "123",
+        "--results_dir": "results/my run",
+        "--checkpoint_dir": "checkpoints/my run",
+    }
+
+
+KNOBS = {
+    "EMA_DECAY": ("--ema_decay", "0.9"),
+    "JSD_TOP_K": ("--jsd_top_k", "16"),
+    "JSD_TOKEN_CLIP": ("--jsd_token_clip", "0"),
+    "CE_WEIGHT": ("--ce_weight", "0.1"),
+    "SAMPLE_MAX_NEW": ("--sample_max_new_tokens", "8"),
+    "SAMPLE_TEMP": ("--sample_temperature", "0.5"),
+    "MAX_FORWARD_TOKENS": ("--max_forward_tokens", "99"),
+    "SAMPLE_MAX_IMAGE_SKIPS": ("--sample_max_image_skips", "2"),
+}
+
+
+@pytest.mark.parametrize("name", ["run_visual_opsd", "run_visual_opsd_noise"])
+@pytest.mark.parametrize("knob", KNOBS)
+def test_environment_knob_is_passed_when_set_and_only_then(name: str, knob: str) -> None:
+    flag, value = KNOBS[knob]
+    assert flag not in argv(name)
+    given = flags(argv(name, **{knob: value}))
+    assert given[flag] == value
+    others = {other for other, _ in KNOBS.values()} - {flag}
+    assert not others & given.keys()
+
+
+def test_a_flag_ends_the_positionals_and_passes_through_last() -> None:
+    command = argv("run_visual_opsd", "m", "fixed", "--preset", "a b.yaml", "--lr", "1e-4")
+    assert command[-4:] == ["--preset", "a b.yaml", "--lr", "1e-4"]
+    assert flags(command)["--teacher_mode"] == "fixed"
+    assert "--jsd_beta" not in command
+
+
+def test_an_empty_positional_counts_as_not_given() -> None:
+    command = argv("run_visual_opsd", "m", "", "", "", "", "", "mini", "--preset", "p.yaml")
+    assert set(flags(command)) == {"--model_path", "--results_dir", "--checkpoint_dir", "--preset"}
+    assert flags(command)["--results_dir"] == "results/mini"
+
+
+def test_output_name_may_come_from_the_environment() -> None:
+    assert flags(argv("run_visual_opsd", OUTPUT_NAME="x"))["--results_dir"] == "results/x"
+    assert flags(argv("run_sft_baseline", OUTPUT_NAME="x"))["--checkpoint_dir"] == "checkpoints/x"
+
+
+def test_noise_is_visual_opsd_plus_one_flag_and_its_own_folders() -> None:
+    args = ("m", "self", "0.3", "--lr", "1e-4")
+    plain, noise = (
+        flags(argv("run_visual_opsd", *args)),
+        flags(argv("run_visual_opsd_noise", *args)),
+    )
+    assert noise.pop("--noise_vt") == "True"
+    assert noise.pop("--results_dir") == "results/visual-opsd-noise-self-beta0.3"
+    assert noise.pop("--checkpoint_dir") == "checkpoints/visual-opsd-noise-self-beta0.3"
+    del plain["--results_dir"], plain["--checkpoint_dir"]
+    assert noise == plain
+
+
+def test_sft_baseline_starts_from_bagel() -> None:
+    command = argv("run_sft_baseline")
+    assert command[command.index("-m") + 1] == "train.sft"
+    assert flags(command) == {
+        "--model_path": "models/BAGEL-7B-MoT",
+        "--results_dir": "results/sft-baseline",
+        "--checkpoint_dir": "checkpoints/sft-baseline",
+    }
+    assert flags(argv("run_sft_baseline", "m", "7", "name"))["--total_steps"] == "7"
+
+
+def test_kl_diagnostic() -> None:
+    command = argv("run_kl_diagnostic")
+    assert command[:3] == ["python", "-m", "eval.kl_diagnostic"]
+    assert flags(command) == {
+        "--model_path": "models/ThinkMorph-7B",
+        "--output_dir": "results/visual_opsd_kl_diagnostic",
+        "--seed": "42",
+    }
+    given = flags(argv("run_kl_diagnostic", "m", "40", "out", "--batch_size", "4"))
+    assert (given["--num_samples"], given["--output_dir"], given["--batch_size"]) == (
+        "40",
+        "out",
+        "4",
+    )
+
+
+def tool(folder: Path, name: str, script: str) -> str:
+    """A command of that name, as the prefix of a PATH."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:"
+
+
+def test_default_is_one_node_on_a_free_port(tmp_path: Path) -> None:
+    path = tool(tmp_path, "nvidia-smi", "exit 9")  # as without a driver
+    given = torchrun_flags(argv("run_visual_opsd", path=path))
+    assert given["--nnodes"] == "1"
+    assert given["--nproc_per_node"] == "1"
+    assert given["--rdzv_endpoint"] == "127.0.0.1:0"
+    assert torchrun_flags(argv("run_visual_opsd", NPROC_PER_NODE="2"))["--nproc_per_node"] == "2"
+
+
+def test_one_process_per_gpu(tmp_path: Path) -> None:
+    path = tool(tmp_path, "nvidia-smi", 'printf "GPU 0: A\\nGPU 1: A\\nGPU 2: A\\n"')
+    assert torchrun_flags(argv("run_visual_opsd", path=path))["--nproc_per_node"] == "3"
+
+
+CLUSTERS = {
+    "torchrun": {
+        "PET_NNODES": "4",
+        "PET_NPROC_PER_NODE": "8",
+        "PET_NODE_RANK": "3",
+        "PET_MASTER_ADDR": "head",
+        "PET_MASTER_PORT": "1234",
+    },
+    "plain": {
+        "NNODES": "4",
+        "NPROC_PER_NODE": "8",
+        "NODE_RANK": "3",
+        "MASTER_ADDR": "head",
+        "MASTER_PORT": "1234",
+    },
+    "arnold": {
+        "ARNOLD_WORKER_NUM": "4",
+        "ARNOLD_WORKER_GPU": "8",
+        "ARNOLD_ID": "3",
+        "ARNOLD_WORKER_0_HOST": "head",
+        "ARNOLD_WORKER_0_PORT": "1234,1235",
+    },
+    "slurm": {
+        "SLURM_NNODES": "4",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_NODEID": "3",
+        "SLURM_JOB_NODELIST": "head,b,c,d",
+        "MASTER_PORT": "1234",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CLUSTERS)
+def test_cluster_variables(kind: str, tmp_path: Path) -> None:
+    path = tool(tmp_path, "scontrol", 'echo "$3" | tr "," "\\n"')
+    assert torchrun_flags(argv("run_visual_opsd", path=path, **CLUSTERS[kind])) == {
+        "--nnodes": "4",
+        "--nproc_per_node": "8",
+        "--node_rank": "3",
+        "--master_addr": "head",
+        "--master_port": "1234",
+    }
+
+
+def test_several_nodes_without_an_address_is_an_error() -> None:
+    result = run("run_visual_opsd", NNODES="2")
+    assert result.returncode != 0
+    assert "MASTER_ADDR" in result.stderr
+    assert result.stdout == ""
+
+
+def test_missing_torchrun_names_the_remedy(tmp_path: Path) -> None:
+    checkout = tmp_path / "repo"
+    shutil.copytree(ROOT / "scripts", checkout / "scripts")  # without .venv
+    for needed in ("bash", "dirname", "getconf", "grep"):
+        (tmp_path / needed).symlink_to(shutil.which(needed))
+    command = ["bash", str(checkout / "scripts" / "visual_opsd" / "run_visual_opsd.sh")]
+    env = {"PATH": str(tmp_path)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "torchrun is not installed" in result.stderr
+    assert "INSTALL.md" in result.stderr
+
+
+def test_the_repository_environment_is_used_unless_another_is_active(tmp_path: Path) -> None:
+    checkout, venv = tmp_path / "repo", tmp_path / "repo" / ".venv" / "bin"
+    shutil.copytree(ROOT / "scripts", checkout / "scripts")
+    venv.mkdir(parents=True)
+    for name in ("torchrun", "python"):
+        tool(venv, name, f'echo "{name} of .venv in $VIRTUAL_ENV"')
+    command = ["bash", str(checkout / "scripts" / "visual_opsd" / "run_visual_opsd.sh")]
+    env = {"PATH": "/usr/bin:/bin"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == f"torchrun of .venv in {checkout / '.venv'}"
+    active = env | {"VIRTUAL_ENV": str(tmp_path)}
+    result = subprocess.run(command, env=active, capture_output=True, text=True, timeout=60)
+    assert "of .venv" not in result.stdout
+
+
+ENVIRONMENT = (ROOT / "scripts" / "environment.sh").as_posix()
+
+
+def bootstrap(root: Path, **env: str) -> subprocess.CompletedProcess:
+    """ensure_environment in a copy of the scripts, with the given variables and nothing else."""
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
+        shutil.copy(ROOT / name, root)
+    command = f"source '{root}/scripts/environment.sh'; ensure_environment requirements.txt"
+    clean = {"PATH": "/usr/bin:/bin", **env}
+    return subprocess.run(
+        ["bash", "-c", command], env=clean, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_an_unsupported_interpreter_is_named_with_the_remedy(tmp_path: Path) -> None:
+    result = bootstrap(tmp_path, PYTHON="/bin/false")
+    assert result.returncode == 1
+    assert "no Python 3.10-3.13 among /bin/false" in result.stderr
+    assert "PYTHON=/path/to" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_stamped_environment_installs_nothing_and_a_changed_pin_does(tmp_path: Path) -> None:
+    """The active environment is a fake one whose pip only says that it was called."""
+    active = tmp_path / "active"
+    (active / "bin").mkdir(parents=True)
+    python = f'[ "$1 $2" = "-m pip" ] && echo pip >&2 && exit 0\nexec {sys.executable} "$@"'
+    path = tool(active / "bin", "python", python)
+    env = {"PATH": f"{path}/usr/bin:/bin", "VIRTUAL_ENV": str(active)}
+    assert "pip\n" in bootstrap(tmp_path / "a", **env).stderr

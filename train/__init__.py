@@ -1,0 +1,1 @@
+"""The algorithm: rollouts, losses, teachers, optimisation, checkpoints and their entry points."""

@@ -1,0 +1,241 @@
+"""Command line of the trainers: flat flags over frozen dataclasses, presets, defaults = the paper's run.
+
+A flag is a field name (`--jsd_beta 0.5`); booleans take a value (`--noise_vt True`). `--preset FILE`
+changes defaults (section of the entry point in a yaml file), flags given on the command line win.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from modeling.attention import Backend
+from modeling.generation import SamplingParams
+from modeling.pretrained import Weights
+from train.losses import JSDConfig
+from train.optim import OptimConfig
+from train.teacher import TeacherMode
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class UsageError(ValueError):
+    """A flag or preset value that cannot be used; shown without a traceback."""
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Which weights to start from and how to run them."""
+
+    model_path: str = _help("checkpoint folder to start from", "models/ThinkMorph-7B")
+    weights: Weights = _help("weights of that folder: auto, student or ema", "auto")
+    device: Literal["auto", "cpu", "cuda"] = _help("auto = cuda where there is a GPU", "auto")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = _help(
+        "of forward passes; auto = bfloat16 on cuda, float32 on cpu", "auto"
+    )
+    attention_backend: Backend = _help("sdpa, flex or flash", "sdpa")
+    activation_checkpointing: bool = _help("recompute decoder layers in backward", False)
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """Which records, in which order."""
+
+    dataset_config_file: str = _help("mixture yaml", "data/configs/visual_opsd.yaml")
+    data_root: str | None = _help("folder of the data sets; default VISUAL_OPSD_DATA_ROOT", None)
+    data_seed: int = _help("order of the records", 42)
+    num_workers: int = _help("data loading processes per rank", 4)
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """Where results go, batch sizes, sharding, logging."""
+
+    preset: str | None = _help("yaml that changes defaults, e.g. data/configs/mini.yaml", None)
+    results_dir: str = _help("metrics and resolved config", "results/run")
+    checkpoint_dir: str = _help("checkpoints are written here", "checkpoints/run")
+    global_seed: int = _help("sampling and noise", 4396)
+    global_batch: int = _help("trajectories per optimizer step, over all ranks", 16)
+    micro_batch: int = _help("trajectories per forward", 1)
+    num_shard: int = _help("ranks that share one copy of the weights; 0 = those of a node", 0)
+    save_every: int = _help("steps between checkpoints; the last step is always saved", 500)
+    save_dtype: Literal["bfloat16", "float32"] = _help("of exported weights", "bfloat16")
+    log_every: int = _help("steps between metric lines", 10)
+    progress: bool = _help("show a progress bar", True)
+    tensorboard_dir: str | None = _help("also log there", None)
+    wandb_project: str | None = _help("also log to this project", None)
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "micro_batch", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_shard < 0:
+            raise UsageError(f"--num_shard must be 0 (automatic) or more, got {self.num_shard}")
+
+
+@dataclass(frozen=True)
+class DistillArguments:
+    """The distillation objective (section 2.3 of the paper) and the teacher."""
+
+    teacher_mode: TeacherMode = _help("ema, self or fixed", "ema")
+    ema_decay: float = _help("of the EMA teacher, per update", 0.995)
+    noise_vt: bool = _help("control: Gaussian noise in place of the teacher's images", False)
+    jsd_weight: float = _help("weight of the divergence", 1.0)
+    jsd_beta: float = _help("teacher's share of the mixture; 0.5 is symmetric", 0.5)
+    jsd_temperature: float = _help("softmax temperature of both sides", 1.0)
+    jsd_top_k: int = _help("teacher entries kept per token; 0 = all", 256)
+    jsd_top_k_mode: Literal["renorm", "tail", "none"] = _help("what happens to the rest", "renorm")
+    jsd_token_clip: float = _help("limit of a term in nats; <= 0 = off", 0.05)
+    jsd_clip_mode: Literal["entry", "token", "off"] = _help("what the limit applies to", "entry")
+    jsd_loss_kind: Literal["jsd", "tinker"] = _help("tinker = reverse-KL policy loss", "jsd")
+    ce_weight: float = _help("weight of cross-entropy on the sampled tokens", 0.0)
+
+    def __post_init__(self) -> None:
+        if self.jsd_weight < 0 or self.ce_weight < 0 or self.jsd_weight + self.ce_weight == 0:
+            raise UsageError(
+                f"--jsd_weight {self.jsd_weight} and --ce_weight {self.ce_weight} must be >= 0 and "
+                "not both 0"
+            )
+        self.jsd  # noqa: B018  validates
+
+    @property
+    def jsd(self) -> JSDConfig:
+        return JSDConfig(
+            beta=self.jsd_beta,
+            top_k=self.jsd_top_k,
+            top_k_mode=self.jsd_top_k_mode,
+            token_clip=self.jsd_token_clip,
+            clip_mode=self.jsd_clip_mode,
+            temperature=self.jsd_temperature,
+        )
+
+
+@dataclass(frozen=True)
+class SamplingArguments:
+    """On-policy sampling and the cap on forward tokens."""
+
+    sample_max_new_tokens: int = _help("completion budget, over all rounds", 1024)
+    sample_temperature: float = _help("0 = greedy", 1.0)
+    sample_max_image_skips: int = _help("rounds that may end in an image request", 1)
+    max_forward_tokens: int = _help("cap on teacher context + completion", 10240)
+    min_completion: int = _help("least budget; visual thoughts are shrunk to leave it", 128)
+
+    def __post_init__(self) -> None:
+        self.params  # noqa: B018  validates
+        if not 1 <= self.min_completion <= self.sample_max_new_tokens:
+            raise UsageError(
+                f"--min_completion {self.min_completion} must lie between 1 and "
+                f"--sample_max_new_tokens {self.sample_max_new_tokens}"
+            )
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(
+            self.sample_max_new_tokens, self.sample_temperature, self.sample_max_image_skips
+        )
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Everything `train.sft` is told."""
+
+    model: ModelArguments
+    data: DataArguments
+    optim: OptimConfig
+    run: RunArguments
+
+
+@dataclass(frozen=True)
+class OpsdConfig(SftConfig):
+    """Everything `train.opsd` is told."""
+
+    distill: DistillArguments
+    sampling: SamplingArguments
+
+
+SFT_DEFAULTS = {  # the paper's text-only SFT baseline, where it differs from OPSD
+    "model_path": "models/BAGEL-7B-MoT",
+    "dataset_config_file": "data/configs/text_reasoning.yaml",
+    "total_steps": 2000,
+}
+
+
+def parse_opsd(argv: Sequence[str] | None = None) -> OpsdConfig:
+    """Command line -> OpsdConfig. Exits with a one-line message on a bad flag."""
+    return _parse(OpsdConfig, "train.opsd", "opsd", {}, argv)
+
+
+def parse_sft(argv: Sequence[str] | None = None) -> SftConfig:
+    """Command line -> SftConfig. Exits with a one-line message on a bad flag."""
+    return _parse(SftConfig, "train.sft", "sft", SFT_DEFAULTS, argv)
+
+
+def _parse(
+    cls: type, module: str, section: str, defaults: dict[str, Any], argv: Sequence[str] | None
+) -> Any:
+    parts = {f.name: f.type for f in dataclasses.fields(cls)}
+    parser = HfArgumentParser(
+        list(parts.values()),
+        prog=f"python -m {module}",
+        description=cls.__doc__,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**defaults)
+    known, _ = parser.parse_known_args(argv)
+    try:
+        if known.preset:
+            parser.set_defaults(**read_preset(known.preset, section, _flag_types(parts)))
+        return cls(*parser.parse_args_into_dataclasses(argv))
+    except ValueError as error:  # bad values; unknown flags exit inside argparse
+        parser.error(_unknown_flags(error))
+
+
+def _unknown_flags(error: ValueError) -> str:
+    """HfArgumentParser reports leftovers as a ValueError; say it as argparse does."""
+    text = str(error)
+    marker = "Some specified arguments are not used by the HfArgumentParser: "
+    return f"unrecognized arguments: {text[len(marker) :]}" if text.startswith(marker) else text
+
+
+def _flag_types(parts: dict[str, type]) -> dict[str, Any]:
+    return {f.name: f.default for part in parts.values() for f in dataclasses.fields(part)}
+
+
+def read_preset(path: str | Path, section: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that a preset sets for one entry point.
+
+    Raises:
+        UsageError: no such file or section, or a key that is not a flag.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"--preset {file}: no such file; presets lie in data/configs/")
+    tree = yaml.safe_load(file.read_text()) or {}
+    if section not in tree:
+        raise UsageError(f"--preset {file} has no section {section!r} (has: {', '.join(tree)})")
+    values = tree[section] or {}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UsageError(f"--preset {file}: {', '.join(unknown)} in {section!r} are not flags")
+    for name, value in values.items():
+        wanted = type(known[name])
+        if wanted is float and isinstance(value, (int, str)):  # yaml reads 1e-5 as a string
+            values[name] = float(value)
+        elif known[name] is not None and not isinstance(values[name], wanted):
+            raise UsageError(f"--preset {file}: {name}: {value!r} is not a {wanted.__name__}")
+    return values
+
+
+def save_config(config: SftConfig, path: str | Path) -> None:
+    """Write the resolved configuration next to the results."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -1,0 +1,184 @@
+"""Training metrics: exact global means, one jsonl line per logged step, progress bar, dashboards.
+
+Values are added up on their device as (sum, count) pairs and become floats once per log interval.
+Across ranks the sums and counts are added, not the means, so unequal ranks weigh correctly.
+"""
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.records import write_atomic
+
+Pairs = dict[str, tuple[float, int]]  # name -> sum, count
+
+
+class MetricLogger:
+    """Collects metrics on every rank; rank 0 writes them.
+
+    path: jsonl file, appended to; lines after `start_step` are dropped first, so that a resumed
+        run does not repeat steps. None writes no file.
+    log_every: `log` reports at steps divisible by it, and at `total_steps`.
+    gather: rank-local object -> list of all ranks' objects; torch.distributed when initialised.
+    tensorboard_dir, wandb_project: asked for means needed; a missing package is an error.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        log_every: int = 1,
+        rank: int = 0,
+        progress: bool = True,
+        gather: Callable[[Pairs], list[Pairs]] | None = None,
+        tensorboard_dir: str | None = None,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        if log_every < 1:
+            raise ValueError(f"log_every={log_every} must be at least 1; 1 logs every step")
+        self.total_steps, self.log_every, self.rank = total_steps, log_every, rank
+        self._gather = gather or gather_from_ranks
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+        self._file = self._bar = self._board = self._wandb = None
+        # Every rank looks for the packages: one that stops alone would leave the others waiting.
+        tensorboard = _needed("tensorboard", "--tensorboard") if tensorboard_dir else None
+        wandb = _needed("wandb", "--wandb_project") if wandb_project else None
+        tqdm = _needed("tqdm", "the progress bar") if progress else None
+        if rank != 0:
+            return
+        if path is not None:
+            self._file = _open_from(Path(path), start_step)
+        if tqdm is not None:
+            self._bar = tqdm.tqdm(total=total_steps, initial=start_step, dynamic_ncols=True)
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(tensorboard_dir, purge_step=start_step + 1)
+        if wandb is not None:
+            self._wandb = wandb.init(project=wandb_project, config=config or {})
+
+    def observe(self, **values: Tensor | float) -> None:
+        """Add values to the running means. A tensor counts with all its elements (0 included)."""
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                total, count = value.detach().double().sum(), value.numel()
+            else:
+                total, count = float(value), 1
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def log(self, step: int, **now: float) -> dict[str, float] | None:
+        """Report after `step` completed updates: means since the last report, and `now` as is.
+
+        Returns the line (the same on all ranks), or None between reports. Collective over ranks.
+        `now` holds values that are already global (learning rate, tokens so far, seconds).
+        """
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        if step % self.log_every and step != self.total_steps:
+            return None
+        line = {"step": step, **_means(self._gather(self._local_pairs())), **now}
+        if self.rank == 0:
+            self._write(line)
+        return line
+
+    def close(self) -> None:
+        """Finish the progress bar and close the files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "MetricLogger":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _local_pairs(self) -> Pairs:
+        """This rank's sums and counts as numbers, read back in one transfer per device; resets."""
+        sums = {name: value for name, value in self._sums.items() if not isinstance(value, Tensor)}
+        by_device: dict[torch.device, list[str]] = {}
+        for name, value in self._sums.items():
+            if isinstance(value, Tensor):
+                by_device.setdefault(value.device, []).append(name)
+        for names in by_device.values():
+            totals = torch.stack([self._sums[name] for name in names]).tolist()
+            sums.update(zip(names, totals, strict=True))
+        pairs = {name: (sums[name], count) for name, count in self._counts.items()}
+        self._sums, self._counts = {}, {}
+        return pairs
+
+    def _write(self, line: dict[str, float]) -> None:
+        step = line["step"]
+        finite = {k: v for k, v in line.items() if v is not None and math.isfinite(v)}
+        if self._file is not None:
+            # JSON has no NaN: such values become null and stay visible under their name.
+            row = {name: finite.get(name) for name in line}
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        shown = {name: value for name, value in finite.items() if name != "step"}
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+        if self._board is not None:
+            for name, value in shown.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(shown, step=step)
+
+
+def gather_from_ranks(pairs: Pairs) -> list[Pairs]:
+    """Everyone's pairs; ranks may have observed different names."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [pairs]
+    everyone: list[Pairs] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, pairs)
+    return everyone
+
+
+def _means(ranks: list[Pairs]) -> dict[str, float]:
+    """Sum of sums over sum of counts; names without a single value are left out."""
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for pairs in ranks:
+        for name, (total, count) in pairs.items():
+            sums[name] = sums.get(name, 0.0) + total
+            counts[name] = counts.get(name, 0) + count
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+def _open_from(path: Path, start_step: int):
+    """Open the jsonl file for appending, without lines after `start_step` or a torn last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a killed run may tear the last
+        kept = [line for line in whole if json.loads(line)["step"] <= start_step]
+        if len(kept) != len(lines):
+            write_atomic(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def _needed(package: str, asked_by: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{asked_by} needs the package {package}, which is not installed: pip install {package}"
+        ) from error

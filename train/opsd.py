@@ -1,0 +1,213 @@
+"""Visual-OPSD training: Algorithm 1 of the paper. `python -m train.opsd --help` lists the flags.
+
+For each optimizer step:
+    the student writes completions after its own context C_S = [sys, image, question];
+    the teacher scores these very tokens after C_T = C_S + [intro, visual thoughts, transition];
+    the student is pulled to the teacher's next-token distributions, token by token (Eq. 7);
+    the teacher follows as a moving average of the student.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modeling.sequence import PackedBatch, pack
+from modeling.tokenizer import SpecialTokens
+from train import losses
+from train.checkpoint import CheckpointWriter
+from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd, save_config
+from train.metrics import MetricLogger
+from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
+from train.parallel import RolloutCopy, World, distributed, wrap
+from train.rollout import Trajectory, placeholder, prepare, sample
+from train.session import (
+    base_weights,
+    exit_on_user_error,
+    open_loader,
+    open_metrics,
+    open_mixture,
+    open_model,
+    open_optimizer,
+    open_processor,
+)
+from train.teacher import EMATeacher, Teacher, build_teacher
+
+
+def train(config: OpsdConfig, world: World) -> Path:
+    """Run all steps; returns the folder of the last checkpoint."""
+    distill, seed = config.distill, config.run.global_seed
+    mixture = open_mixture(config)
+    processor = open_processor(config, mixture)
+    tokens = processor.tokenizer.special
+    model = open_model(config, world)
+    student = wrap(model, world)
+    teacher = build_teacher(
+        distill.teacher_mode,
+        student,
+        lambda _: wrap(open_model(config, world, announce=False), world),
+        distill.ema_decay,
+    )
+    actor = RolloutCopy(model.config, world)
+    optimizer = open_optimizer(student, config)
+    writer = CheckpointWriter(config, model.config, processor, base_weights(config), world)
+    ema = teacher.module if isinstance(teacher, EMATeacher) else None
+
+    with open_metrics(config, world) as metrics:
+        for step, rows in enumerate(open_loader(config, mixture, world)):
+            actor.refresh(student)
+            prompts = prepare(rows, processor, config.sampling, step, seed, distill.noise_vt)
+            trajectories = sample(
+                actor.model, prompts, processor, config.sampling.params, step, seed
+            )
+            count = int(world.sum(len(trajectories)))
+            if count == 0:
+                raise UsageError(
+                    f"step {step}: no record left a completion under --max_forward_tokens "
+                    f"{config.sampling.max_forward_tokens} with --min_completion "
+                    f"{config.sampling.min_completion}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=world.device)
+            fallback = placeholder(rows[0][1], processor)
+            for micro in micro_batches(trajectories, len(rows), config.run.micro_batch, fallback):
+                # gradients are averaged over ranks, so each rank's share counts `size` times
+                scored = distillation(student, teacher, micro, count, distill, tokens, world.device)
+                (scored["loss"] * world.size).backward()
+                loss += scored.pop("loss").detach()
+                metrics.observe(**scored)
+
+            norm = clip_grad_norm(student, config.optim.max_grad_norm)
+            total = world.sum(float(loss))
+            check_finite(step, loss=total, grad_norm=float(norm))
+            lr = lr_at(step, config.optim)
+            set_lr(optimizer, lr)
+            optimizer.step()
+            teacher.update(student)
+
+            observe_rollouts(metrics, trajectories, len(rows))
+            metrics.observe(loss=total, grad_norm=float(norm))
+            done = step + 1
+            metrics.log(done, lr=lr)
+            if done % config.run.save_every == 0 or done == config.optim.total_steps:
+                last = writer.save(done, student, ema)
+    return last
+
+
+def micro_batches(
+    trajectories: list[Trajectory], rows: int, size: int, fallback: Trajectory
+) -> list[list[Trajectory]]:
+    """The same number of micro batches on every rank, whatever could be sampled.
+
+    Forward and backward are collectives under sharding: a rank with fewer would leave the others
+    waiting. An empty one runs `fallback` at weight zero.
+    """
+    starts = range(0, rows, size)
+    return [trajectories[start : start + size] or [fallback] for start in starts]
+
+
+def distillation(
+    student: nn.Module,
+    teacher: Teacher,
+    micro: list[Trajectory],
+    count: int,
+    config: DistillArguments,
+    tokens: SpecialTokens,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Score one micro batch under both contexts; "loss" is its share of the step's loss.
+
+    The step's loss is the mean over its `count` trajectories of the mean over their loss rows.
+    """
+    student_batch = pack([t.student for t in micro], tokens).to(device)
+    teacher_batch = pack([t.teacher for t in micro], tokens).to(device)
+    weights = losses.trajectory_mean_weights(student_batch.loss_sample, max(count, len(micro)))
+    weights = torch.where(student_batch.loss_sample == _placeholders(micro), 0.0, weights)
+    labels = sampled_labels(student_batch, micro)
+    with torch.no_grad():
+        head = partial(_teacher_head, config=config, labels=labels)
+        target = teacher.module(teacher_batch, head=head)
+    head = partial(_student_head, config=config, target=target, labels=labels, weights=weights)
+    return student(student_batch, head=head)
+
+
+def _placeholders(micro: list[Trajectory]) -> int:
+    """Sample index that stands for weight zero: the only one of a placeholder batch, or none."""
+    return 0 if micro[0].prompt.row < 0 else -1
+
+
+def sampled_labels(batch: PackedBatch, micro: list[Trajectory]) -> Tensor:
+    """Labels of the loss rows, -100 where the closing token was not sampled but cut off."""
+    labels = batch.labels.clone()
+    last_rows = torch.bincount(batch.loss_sample, minlength=len(micro)).cumsum(0) - 1
+    open_ended = torch.tensor([t.ends_open for t in micro], device=labels.device)
+    labels[last_rows[open_ended]] = losses.IGNORE_INDEX
+    return labels
+
+
+def _teacher_head(
+    hidden: Tensor, lm_head: nn.Linear, config: DistillArguments, labels: Tensor
+) -> losses.TeacherTopK | Tensor:
+    if config.jsd_loss_kind == "tinker":
+        return losses.chunked_logprobs(hidden, lm_head, labels, config.jsd_temperature)
+    return losses.teacher_topk(hidden, lm_head, config.jsd)
+
+
+def _student_head(
+    hidden: Tensor,
+    lm_head: nn.Linear,
+    config: DistillArguments,
+    target: losses.TeacherTopK | Tensor,
+    labels: Tensor,
+    weights: Tensor,
+) -> dict[str, Tensor]:
+    """Objective of the student's loss rows, and what is worth watching."""
+    scored = {}
+    if config.jsd_loss_kind == "tinker":
+        loss = losses.chunked_policy_loss(
+            hidden, lm_head, target, labels, weights, config.jsd_temperature
+        )
+    else:
+        out = losses.chunked_jsd(hidden, lm_head, target, config.jsd, weights)
+        loss = out.loss
+        scored = {
+            "jsd": out.row_jsd,
+            "student_entropy": out.student_entropy,
+            "student_mass_outside": out.mass_outside,
+            "clipped_share": out.clipped_share,
+        }
+    loss = config.jsd_weight * loss
+    if config.ce_weight:
+        ce = losses.chunked_cross_entropy(hidden, lm_head, labels, weights)
+        loss = loss + config.ce_weight * ce
+    return {"loss": loss, **scored}
+
+
+def observe_rollouts(metrics: MetricLogger, trajectories: list[Trajectory], rows: int) -> None:
+    """Rates of what happened to this rank's rows."""
+    metrics.observe(dropped_rows=(rows - len(trajectories)) / rows)
+    for trajectory in trajectories:
+        metrics.observe(
+            completion_length=len(trajectory.rollout.token_ids),
+            ended_by_budget=float(trajectory.ends_open),
+            image_skips=trajectory.rollout.skips,
+            shrunk_images=float(trajectory.prompt.image_scale < 1.0),
+        )
+
+
+def main() -> None:
+    config = parse_opsd()
+    with (
+        exit_on_user_error(),
+        distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
+    ):
+        if world.is_main:
+            save_config(config, f"{config.run.results_dir}/config.yaml")
+        last = train(config, world)
+        if world.is_main:
+            print(f"saved {last}")
+
+
+if __name__ == "__main__":
+    main()

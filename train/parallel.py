@@ -1,0 +1,212 @@
+"""Processes, device mesh, FSDP HYBRID_SHARD, and the single-device copy that rollouts run on.
+
+Model code knows nothing of this file. One process: the plain module. Several replicas that do not
+shard: DDP (FSDP would silently not reduce there). Otherwise FSDP over a (replicate, shard) mesh.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from modeling.bagel import Bagel
+from modeling.qwen2_mot import MoTDecoderLayer
+from modeling.siglip_navit import SiglipLayer
+from train.config import DTYPES, ModelArguments, UsageError
+from train.teacher import WRAPPER_NAMES
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    num_shard: int
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def num_replicate(self) -> int:
+        return self.size // self.num_shard
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """Sum over all ranks. Collective."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def distributed(model: ModelArguments, num_shard: int, global_batch: int) -> Iterator[World]:
+    """Join the processes that torchrun started (or run alone) and leave them at the end.
+
+    Raises:
+        UsageError: sizes that do not divide, or cuda asked for where there is none.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = _device(model.device)
+    shard = num_shard or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size % shard:
+        raise UsageError(f"--num_shard {shard} does not divide the {size} processes")
+    if global_batch % size:
+        raise UsageError(f"--global_batch {global_batch} is not a multiple of the {size} processes")
+    dtype = model.compute_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, shard, device, DTYPES[dtype])
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch sees no GPU: use --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def wrap(model: Bagel, world: World) -> nn.Module:
+    """Spread a float32 model over the processes; its forward runs in the compute dtype."""
+    if world.size == 1:
+        return _Root(model, world)
+    if world.num_shard == 1:
+        return DDP(_Root(model, world), broadcast_buffers=False)
+    mesh = init_device_mesh(
+        world.device.type,
+        (world.num_replicate, world.num_shard),
+        mesh_dim_names=("replicate", "shard"),
+    )
+    policy = partial(
+        lambda_auto_wrap_policy,
+        # Bagel itself is a unit below the root, so that the root owns no parameters: a root keeps its
+        # own gathered after a forward without backward, and a teacher would serve stale ones
+        lambda_fn=lambda m: isinstance(m, (Bagel, MoTDecoderLayer, SiglipLayer)),
+    )
+    return FSDP(
+        _Root(model, world),
+        device_mesh=mesh,
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        auto_wrap_policy=policy,
+        use_orig_params=True,
+        mixed_precision=_mixed_precision(world),
+        device_id=world.device if world.device.type == "cuda" else None,
+    )
+
+
+class _Root(nn.Module):
+    """Holds the model one level below the sharding root; sets the compute dtype where nothing shards."""
+
+    def __init__(self, module: Bagel, world: World) -> None:
+        super().__init__()
+        self.module = module
+        sharded = world.num_shard > 1  # FSDP casts the gathered weights itself
+        self.autocast = None if sharded or world.compute_dtype == torch.float32 else world
+
+    def forward(self, *args, **kwargs):
+        if self.autocast is None:
+            return self.module(*args, **kwargs)
+        with torch.autocast(self.autocast.device.type, self.autocast.compute_dtype):
+            return self.module(*args, **kwargs)
+
+
+def _mixed_precision(world: World) -> MixedPrecision | None:
+    if world.compute_dtype == torch.float32:
+        return None
+    # inputs are cast by the model where it needs to: indices, masks and positions must stay exact
+    return MixedPrecision(
+        param_dtype=world.compute_dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+        cast_root_forward_inputs=False,
+    )
+
+
+def full_params(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(released key, full tensor) of every parameter, gathered unit by unit. Collective.
+
+    A tensor is valid only until the next one is asked for.
+    """
+    units = FSDP.fsdp_modules(model)
+    if not units:
+        for name, parameter in model.named_parameters():
+            yield _released_key(name), parameter
+        return
+    prefixes = {id(module): name for name, module in model.named_modules()}
+    for unit in units:
+        with FSDP.summon_full_params(unit, recurse=False, writeback=False):
+            nested = [m for m in unit.modules() if isinstance(m, FSDP) and m is not unit]
+            elsewhere = {id(p) for m in nested for p in m.parameters()}
+            for name, parameter in unit.named_parameters():
+                if id(parameter) not in elsewhere:
+                    yield _released_key(f"{prefixes[id(unit)]}.{name}"), parameter
+
+
+def _released_key(name: str) -> str:
+    for wrapper in WRAPPER_NAMES:
+        name = name.replace(wrapper, "")
+    name = name.removeprefix(".")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def full_state(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """All parameters on the CPU of rank 0 (an empty dict elsewhere). Collective."""
+    state = {}
+    for name, parameter in full_params(model):
+        if world.is_main:
+            state[name] = parameter.detach().to("cpu", copy=True)
+    return state
+
+
+class RolloutCopy:
+    """A single-device replica in the compute dtype whose storage never moves.
+
+    Sampling on it needs no collective, so ranks may write completions of different lengths.
+    """
+
+    def __init__(self, config, world: World) -> None:
+        with torch.device(world.device):
+            self.model = Bagel(config, generation_expert=False).to(world.compute_dtype)
+        self.model.vit_pos_embed.reset()
+        self.model.requires_grad_(False).eval()
+        self._targets = dict(self.model.named_parameters())
+
+    @torch.no_grad()
+    def refresh(self, student: nn.Module) -> None:
+        """Copy the student's current weights, one gathered unit at a time. Collective."""
+        copied = set()
+        for name, parameter in full_params(student):
+            self._targets[name].copy_(parameter)
+            copied.add(name)
+        if copied != set(self._targets):
+            missing = sorted(set(self._targets) - copied)
+            raise RuntimeError(f"the rollout copy missed {len(missing)} parameters: {missing[:3]}")

@@ -1,0 +1,136 @@
+"""On-policy completions of the current student, and the cap on forward tokens that acts before sampling.
+
+Legend: a row is one record of the optimizer step, numbered over all ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data.contexts import completion, student_context, teacher_context
+from data.mixture import Drawn
+from data.processor import Processor
+from data.streams import stream_seed
+from modeling.bagel import Bagel
+from modeling.generation import Rollout, Round, SamplingParams, generate
+from modeling.sequence import Segment, segment_length
+from train.config import SamplingArguments
+
+SHRINK = 0.8  # factor on the sides of the visual thoughts, tried again until the row fits
+SMALLEST_SCALE = 0.1
+MAX_RESAMPLES = 2  # of a row whose completion came out empty
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One record, ready to be sampled."""
+
+    row: int  # global row of the step
+    student: list[Segment]  # C_S
+    teacher: list[Segment]  # C_T
+    budget: int  # completion tokens
+    image_scale: float = 1.0  # of the visual thoughts, below 1 when the cap asked for it
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A prompt and what the student wrote after it."""
+
+    prompt: Prompt
+    rollout: Rollout
+
+    @property
+    def completion(self) -> list[Segment]:
+        return completion([r.token_ids for r in self.rollout.rounds])
+
+    @property
+    def student(self) -> list[Segment]:
+        return [*self.prompt.student, *self.completion]
+
+    @property
+    def teacher(self) -> list[Segment]:
+        return [*self.prompt.teacher, *self.completion]
+
+    @property
+    def ends_open(self) -> bool:
+        """The budget ended it: its last loss row predicts a closing token that was not sampled."""
+        return self.rollout.ended_by == "budget"
+
+
+def context_length(segments: Sequence[Segment]) -> int:
+    return sum(segment_length(segment) for segment in segments)
+
+
+def prepare(
+    rows: Sequence[tuple[int, Drawn]],
+    processor: Processor,
+    sampling: SamplingArguments,
+    step: int,
+    seed: int,
+    noise_vt: bool,
+) -> list[Prompt]:
+    """Contexts and budgets. Rows that cannot leave `min_completion` tokens are left out."""
+    prompts = []
+    for row, drawn in rows:
+        noise_seed = stream_seed(seed, "noise", step, row) if noise_vt else None
+        prompt = _fit(row, drawn, processor, sampling, noise_seed)
+        if prompt is not None:
+            prompts.append(prompt)
+    return prompts
+
+
+def _fit(
+    row: int,
+    drawn: Drawn,
+    processor: Processor,
+    sampling: SamplingArguments,
+    noise_seed: int | None,
+) -> Prompt | None:
+    """Shrink the visual thoughts until the teacher's sequence leaves room for a completion.
+
+    What the completion may grow by besides its tokens are the turn tokens of its rounds.
+    """
+    turns = 2 * (1 + sampling.sample_max_image_skips)
+    student = student_context(drawn.example, processor)
+    vt = "real" if noise_seed is None else "noise"
+    scale = 1.0
+    while scale >= SMALLEST_SCALE:
+        teacher = teacher_context(drawn.example, processor, vt, noise_seed, scale)
+        room = sampling.max_forward_tokens - context_length(teacher) - turns
+        if room >= sampling.min_completion:
+            return Prompt(row, student, teacher, min(sampling.sample_max_new_tokens, room), scale)
+        scale *= SHRINK
+    return None
+
+
+def sample(
+    model: Bagel,
+    prompts: Sequence[Prompt],
+    processor: Processor,
+    params: SamplingParams,
+    step: int,
+    seed: int,
+) -> list[Trajectory]:
+    """Sample all prompts as one ragged batch; row streams are keyed by (seed, step, row).
+
+    A row that comes out empty is sampled again a few times; if it stays empty it is left out.
+    """
+    pending, done = list(prompts), []
+    for attempt in range(1 + MAX_RESAMPLES):
+        seeds = [stream_seed(seed, "rollout", step, p.row, attempt) for p in pending]
+        budgets = [p.budget for p in pending]
+        contexts = [p.student for p in pending]
+        rollouts = generate(model, contexts, processor.tokenizer, params, seeds, budgets)
+        pairs = list(zip(pending, rollouts, strict=True))
+        done += [Trajectory(p, r) for p, r in pairs if r.token_ids]
+        pending = [p for p, r in pairs if not r.token_ids]
+        if not pending:
+            break
+    return sorted(done, key=lambda trajectory: trajectory.prompt.row)
+
+
+def placeholder(drawn: Drawn, processor: Processor) -> Trajectory:
+    """Something to run forward, at weight zero, where a rank has too few trajectories: the other
+    ranks are waiting for it in the collectives of that forward."""
+    student = student_context(drawn.example, processor)
+    rollout = Rollout((Round((processor.tokenizer.special.bos,), "budget", (0.0,)),))
+    return Trajectory(Prompt(-1, student, student, 1), rollout)

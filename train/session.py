@@ -1,0 +1,101 @@
+"""What the training entry points share: opening the model, optimizer, loader, errors without traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+from data.example import DataError
+from data.mixture import Mixture, load_mixture, loader
+from data.processor import Processor
+from modeling.bagel import Bagel
+from modeling.config import ConfigError
+from modeling.pretrained import CheckpointError, WeightFiles, find_weights, load_pretrained
+from train.config import SftConfig, UsageError
+from train.metrics import MetricLogger
+from train.optim import NonFiniteError, build_optimizer
+from train.parallel import World
+
+USER_ERRORS = (
+    UsageError,
+    ConfigError,
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    FileNotFoundError,
+    ImportError,
+)
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """What the user can mend is one line on stderr and exit status 2, not a traceback."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
+    """The understanding path of the starting checkpoint, float32, on this process's device."""
+    path, weights = config.model.model_path, config.model.weights
+    model = load_pretrained(path, weights=weights, experts="und", device=world.device)
+    model.attention_backend = config.model.attention_backend
+    model.set_activation_checkpointing(config.model.activation_checkpointing)
+    if announce and world.is_main:
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        opened = find_weights(path, weights).name
+        print(f"opened {opened}: {count:.2f} M trainable parameters", flush=True)
+    return model
+
+
+def open_processor(config: SftConfig, mixture: Mixture) -> Processor:
+    """Tokenizer, prompts and image limits of the starting checkpoint; the mixture may set the limits."""
+    processor = Processor.from_pretrained(config.model.model_path)
+    limits = mixture.config.vit_image_transform_args
+    return processor if limits is None else Processor(processor.tokenizer, limits, processor.prompts)
+
+
+def open_mixture(config: SftConfig) -> Mixture:
+    return load_mixture(config.data.dataset_config_file, config.data.data_root, config.data.data_seed)
+
+
+def open_loader(config: SftConfig, mixture: Mixture, world: World) -> DataLoader:
+    """This rank's rows of each optimizer step."""
+    return loader(
+        mixture,
+        config.run.global_batch,
+        steps=config.optim.total_steps,
+        rank=world.rank,
+        world=world.size,
+        num_workers=config.data.num_workers,
+    )
+
+
+def open_optimizer(student: nn.Module, config: SftConfig) -> AdamW:
+    optim = config.optim
+    return build_optimizer(
+        student.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay
+    )
+
+
+def open_metrics(config: SftConfig, world: World) -> MetricLogger:
+    run = config.run
+    return MetricLogger(
+        f"{run.results_dir}/metrics.jsonl",
+        total_steps=config.optim.total_steps,
+        log_every=run.log_every,
+        rank=world.rank,
+        progress=run.progress,
+        tensorboard_dir=run.tensorboard_dir,
+        wandb_project=run.wandb_project,
+    )
+
+
+def base_weights(config: SftConfig) -> WeightFiles:
+    """Where the generation weights of the export come from."""
+    return find_weights(config.model.model_path, config.model.weights)

@@ -1,0 +1,103 @@
+"""Supervised fine-tuning: the text-only baseline, and the pretraining of the miniature base.
+
+Cross-entropy on `<think>text</think><answer>answer</answer>` after a context that the mixture file
+chooses per row (by default the student's), averaged over the loss tokens of the whole step.
+`python -m train.sft --help` lists the flags.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from data.contexts import sft_sequence
+from data.mixture import Drawn
+from data.processor import Processor
+from data.streams import stream_seed
+from modeling.sequence import PackedBatch, Segment, pack
+from train.checkpoint import CheckpointWriter
+from train.config import SftConfig, parse_sft, save_config
+from train.losses import chunked_logprobs
+from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
+from train.parallel import World, distributed, wrap
+from train.session import (
+    base_weights,
+    exit_on_user_error,
+    open_loader,
+    open_metrics,
+    open_mixture,
+    open_model,
+    open_optimizer,
+    open_processor,
+)
+
+
+def train(config: SftConfig, world: World) -> Path:
+    """Run all steps; returns the folder of the last checkpoint."""
+    mixture = open_mixture(config)
+    processor = open_processor(config, mixture)
+    tokens = processor.tokenizer.special
+    model = open_model(config, world)
+    student = wrap(model, world)
+    optimizer = open_optimizer(student, config)
+    writer = CheckpointWriter(config, model.config, processor, base_weights(config), world)
+
+    with open_metrics(config, world) as metrics:
+        for step, rows in enumerate(open_loader(config, mixture, world)):
+            sequences = [
+                sequence(row, drawn, processor, step, config.run.global_seed) for row, drawn in rows
+            ]
+            size = config.run.micro_batch
+            batches = [
+                pack(sequences[start : start + size], tokens).to(world.device)
+                for start in range(0, len(sequences), size)
+            ]
+            count = int(world.sum(sum(len(batch.labels) for batch in batches)))
+            optimizer.zero_grad(set_to_none=True)
+            for batch in batches:
+                nll = student(batch, head=partial(_token_losses, batch=batch))
+                # gradients are averaged over ranks, so each rank's share counts `size` times
+                (nll.sum() * world.size / count).backward()
+                metrics.observe(loss=nll)
+
+            norm = clip_grad_norm(student, config.optim.max_grad_norm)
+            check_finite(step, grad_norm=float(norm))
+            lr = lr_at(step, config.optim)
+            set_lr(optimizer, lr)
+            optimizer.step()
+
+            metrics.observe(grad_norm=float(norm))
+            done = step + 1
+            metrics.log(done, lr=lr)
+            if done % config.run.save_every == 0 or done == config.optim.total_steps:
+                last = writer.save(done, student)
+    return last
+
+
+def sequence(row: int, drawn: Drawn, processor: Processor, step: int, seed: int) -> list[Segment]:
+    """The training sequence of one row; noise, where its context asks for it, is keyed by (step, row)."""
+    noisy = drawn.context == "teacher_noise"
+    noise_seed = stream_seed(seed, "noise", step, row) if noisy else None
+    return sft_sequence(drawn.example, processor, drawn.context, noise_seed)
+
+
+def _token_losses(hidden: Tensor, lm_head: nn.Linear, batch: PackedBatch) -> Tensor:
+    """Cross-entropy of each loss row, (R,) nats."""
+    return -chunked_logprobs(hidden, lm_head, batch.labels)
+
+
+def main() -> None:
+    config = parse_sft()
+    with (
+        exit_on_user_error(),
+        distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
+    ):
+        if world.is_main:
+            save_config(config, f"{config.run.results_dir}/config.yaml")
+        last = train(config, world)
+        if world.is_main:
+            print(f"saved {last}")
+
+
+if __name__ == "__main__":
+    main()
