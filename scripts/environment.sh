@@ -99,7 +99,7 @@ ensure_environment() {
   python_supported python || die "$(python --version 2>&1) in ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}: Python 3.10-3.13 is" \
     "needed. Deactivate or remove that environment, or name another interpreter with PYTHON=..."
   hash=$(requirements_hash)
-  stamps=$(python -c 'import sys; print(sys.prefix)')/.visual-opsd
+  stamps=${VIRTUAL_ENV:-$CONDA_PREFIX}/.visual-opsd
   if [[ $(cat "$stamps-$requirements" 2>/dev/null) == "$hash" ]]; then return; fi
   install_requirements "$requirements"
   for included in "$requirements" $(sed -n 's/^-r //p' "$REPO_ROOT/$requirements"); do

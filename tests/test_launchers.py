@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,6 @@ def test_visual_opsd_without_arguments_leaves_every_hyperparameter_to_the_traine
     command = argv("run_visual_opsd")
     assert command[command.index("-m") + 1] == "train.opsd"
     assert flags(command) == {
-        "--model_path": "models/ThinkMorph-7B",
         "--results_dir": "results/visual-opsd-ema-beta0.5",
         "--checkpoint_dir": "checkpoints/visual-opsd-ema-beta0.5",
     }
@@ -116,7 +116,12 @@ def test_a_flag_ends_the_positionals_and_passes_through_last() -> None:
 
 def test_an_empty_positional_counts_as_not_given() -> None:
     command = argv("run_visual_opsd", "m", "", "", "", "", "", "mini", "--preset", "p.yaml")
-    assert set(flags(command)) == {"--model_path", "--results_dir", "--checkpoint_dir", "--preset"}
+    assert flags(command).keys() == {
+        "--model_path",
+        "--results_dir",
+        "--checkpoint_dir",
+        "--preset",
+    }
     assert flags(command)["--results_dir"] == "results/mini"
 
 
@@ -138,11 +143,10 @@ def test_noise_is_visual_opsd_plus_one_flag_and_its_own_folders() -> None:
     assert noise == plain
 
 
-def test_sft_baseline_starts_from_bagel() -> None:
+def test_sft_baseline() -> None:
     command = argv("run_sft_baseline")
     assert command[command.index("-m") + 1] == "train.sft"
     assert flags(command) == {
-        "--model_path": "models/BAGEL-7B-MoT",
         "--results_dir": "results/sft-baseline",
         "--checkpoint_dir": "checkpoints/sft-baseline",
     }
@@ -265,34 +269,55 @@ def test_the_repository_environment_is_used_unless_another_is_active(tmp_path: P
     assert "of .venv" not in result.stdout
 
 
-ENVIRONMENT = (ROOT / "scripts" / "environment.sh").as_posix()
-
-
-def bootstrap(root: Path, **env: str) -> subprocess.CompletedProcess:
-    """ensure_environment in a copy of the scripts, with the given variables and nothing else."""
-    shutil.copytree(ROOT / "scripts", root / "scripts")
-    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
-        shutil.copy(ROOT / name, root)
+def ensure_environment(root: Path, **env: str) -> subprocess.CompletedProcess:
+    """`ensure_environment requirements.txt` in a copy of the scripts."""
+    if not (root / "scripts").exists():
+        shutil.copytree(ROOT / "scripts", root / "scripts")
+        for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
+            shutil.copy(ROOT / name, root)
     command = f"source '{root}/scripts/environment.sh'; ensure_environment requirements.txt"
-    clean = {"PATH": "/usr/bin:/bin", **env}
     return subprocess.run(
-        ["bash", "-c", command], env=clean, capture_output=True, text=True, timeout=60
+        ["bash", "-c", command],
+        env={"PATH": "/usr/bin:/bin", **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
 def test_an_unsupported_interpreter_is_named_with_the_remedy(tmp_path: Path) -> None:
-    result = bootstrap(tmp_path, PYTHON="/bin/false")
+    result = ensure_environment(tmp_path, PYTHON="/bin/false")
     assert result.returncode == 1
     assert "no Python 3.10-3.13 among /bin/false" in result.stderr
     assert "PYTHON=/path/to" in result.stderr
     assert not (tmp_path / ".venv").exists()
 
 
-def test_a_stamped_environment_installs_nothing_and_a_changed_pin_does(tmp_path: Path) -> None:
-    """The active environment is a fake one whose pip only says that it was called."""
+def test_installs_once_and_again_when_a_pin_changes(tmp_path: Path) -> None:
+    """In an active environment whose pip only says what it was asked to do."""
     active = tmp_path / "active"
     (active / "bin").mkdir(parents=True)
-    python = f'[ "$1 $2" = "-m pip" ] && echo pip >&2 && exit 0\nexec {sys.executable} "$@"'
-    path = tool(active / "bin", "python", python)
+    pip = '[ "$1 $2" = "-m pip" ] && shift 3 && echo "pip got $*" >&2 && exit 0'
+    path = tool(active / "bin", "python", f'{pip}\nexec {sys.executable} "$@"')
     env = {"PATH": f"{path}/usr/bin:/bin", "VIRTUAL_ENV": str(active)}
-    assert "pip\n" in bootstrap(tmp_path / "a", **env).stderr
+
+    first = ensure_environment(tmp_path, **env)
+    assert first.returncode == 0, first.stderr
+    assert f"--requirement {tmp_path}/requirements.txt" in first.stderr
+    assert not (tmp_path / ".venv").exists()
+    assert "pip got" not in ensure_environment(tmp_path, **env).stderr
+    with (tmp_path / "constraints.txt").open("a") as pins:
+        pins.write("extra==1.0\n")
+    assert "pip got" in ensure_environment(tmp_path, **env).stderr
+
+
+def test_a_failed_installation_is_not_remembered(tmp_path: Path) -> None:
+    active = tmp_path / "active"
+    (active / "bin").mkdir(parents=True)
+    pip = '[ "$1 $2" = "-m pip" ] && exit 1'
+    path = tool(active / "bin", "python", f'{pip}\nexec {sys.executable} "$@"')
+    env = {"PATH": f"{path}/usr/bin:/bin", "VIRTUAL_ENV": str(active)}
+    for _ in range(2):
+        result = ensure_environment(tmp_path, **env)
+        assert result.returncode == 1
+        assert "pip could not install" in result.stderr

@@ -117,7 +117,7 @@ def wrap(model: Bagel, world: World) -> nn.Module:
         auto_wrap_policy=policy,
         use_orig_params=True,
         mixed_precision=_mixed_precision(world),
-        device_id=world.device if world.device.type == "cuda" else None,
+        device_id=world.device,  # without it FSDP insists on an accelerator
     )
 
 

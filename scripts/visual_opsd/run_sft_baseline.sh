@@ -5,7 +5,6 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 positionals "MODEL_PATH TOTAL_STEPS OUTPUT_NAME" "$@"
-given --total_steps "$TOTAL_STEPS"
+given --model_path "$MODEL_PATH" --total_steps "$TOTAL_STEPS"
 name=${OUTPUT_NAME:-sft-baseline}
-launch train.sft --model_path "${MODEL_PATH:-models/BAGEL-7B-MoT}" \
-  --results_dir "results/$name" --checkpoint_dir "checkpoints/$name"
+launch train.sft --results_dir "results/$name" --checkpoint_dir "checkpoints/$name"

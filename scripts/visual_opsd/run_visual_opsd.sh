@@ -8,13 +8,12 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 positionals "MODEL_PATH TEACHER_MODE JSD_BETA JSD_TEMP JSD_WEIGHT TOTAL_STEPS OUTPUT_NAME" "$@"
 
-given --teacher_mode "$TEACHER_MODE" --jsd_beta "$JSD_BETA" --jsd_temperature "$JSD_TEMP" \
-  --jsd_weight "$JSD_WEIGHT" --total_steps "$TOTAL_STEPS"
+given --model_path "$MODEL_PATH" --teacher_mode "$TEACHER_MODE" --jsd_beta "$JSD_BETA" \
+  --jsd_temperature "$JSD_TEMP" --jsd_weight "$JSD_WEIGHT" --total_steps "$TOTAL_STEPS"
 given --ema_decay "${EMA_DECAY:-}" --jsd_top_k "${JSD_TOP_K:-}" --jsd_token_clip "${JSD_TOKEN_CLIP:-}" \
   --ce_weight "${CE_WEIGHT:-}" --sample_max_new_tokens "${SAMPLE_MAX_NEW:-}" \
   --sample_temperature "${SAMPLE_TEMP:-}" --max_forward_tokens "${MAX_FORWARD_TOKENS:-}" \
   --sample_max_image_skips "${SAMPLE_MAX_IMAGE_SKIPS:-}"
 
 name=${OUTPUT_NAME:-${OUTPUT_PREFIX:-visual-opsd}-${TEACHER_MODE:-ema}-beta${JSD_BETA:-0.5}}
-launch train.opsd --model_path "${MODEL_PATH:-models/ThinkMorph-7B}" \
-  --results_dir "results/$name" --checkpoint_dir "checkpoints/$name"
+launch train.opsd --results_dir "results/$name" --checkpoint_dir "checkpoints/$name"

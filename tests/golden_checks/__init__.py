@@ -1,0 +1,1 @@
+"""Checks of this model against stored reference numbers; see `python -m tests.check_goldens`."""
