@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -105,6 +105,10 @@ class DistillArguments:
                 f"--jsd_weight {self.jsd_weight} and --ce_weight {self.ce_weight} must be >= 0 and "
                 "not both 0"
             )
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise UsageError(
+                f"--ema_decay {self.ema_decay} is outside [0, 1); --teacher_mode fixed stays put"
+            )
         self.jsd  # noqa: B018  validates
 
     @property
@@ -131,6 +135,10 @@ class SamplingArguments:
 
     def __post_init__(self) -> None:
         self.params  # noqa: B018  validates
+        if self.sample_max_image_skips < 0:
+            raise UsageError(
+                f"--sample_max_image_skips must be 0 or more, got {self.sample_max_image_skips}"
+            )
         if not 1 <= self.min_completion <= self.sample_max_new_tokens:
             raise UsageError(
                 f"--min_completion {self.min_completion} must lie between 1 and "
@@ -186,6 +194,7 @@ def _parse(
     parser = HfArgumentParser(
         list(parts.values()),
         prog=f"python -m {module}",
+        usage=f"python -m {module} [--flag value ...]  (--help lists the flags)",
         description=cls.__doc__,
         allow_abbrev=False,
     )
@@ -194,7 +203,7 @@ def _parse(
     try:
         if known.preset:
             parser.set_defaults(**read_preset(known.preset, section, _flag_types(parts)))
-        return cls(*parser.parse_args_into_dataclasses(argv))
+        return cls(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
     except ValueError as error:  # bad values; unknown flags exit inside argparse
         parser.error(_unknown_flags(error))
 
@@ -207,32 +216,56 @@ def _unknown_flags(error: ValueError) -> str:
 
 
 def _flag_types(parts: dict[str, type]) -> dict[str, Any]:
-    return {f.name: f.default for part in parts.values() for f in dataclasses.fields(part)}
+    return {name: hint for part in parts.values() for name, hint in get_type_hints(part).items()}
 
 
 def read_preset(path: str | Path, section: str, known: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that a preset sets for one entry point.
+    """The defaults that a preset sets for one entry point; `known` is flag -> type.
 
     Raises:
-        UsageError: no such file or section, or a key that is not a flag.
+        UsageError: no such file or section, a key that is not a flag, or a value it cannot take.
     """
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"--preset {file}: no such file; presets lie in data/configs/")
-    tree = yaml.safe_load(file.read_text()) or {}
-    if section not in tree:
-        raise UsageError(f"--preset {file} has no section {section!r} (has: {', '.join(tree)})")
-    values = tree[section] or {}
-    unknown = sorted(set(values) - set(known))
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"--preset {file} is not yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get(section), dict):
+        found = ", ".join(map(str, tree)) if isinstance(tree, dict) else tree
+        raise UsageError(f"--preset {file} has no section {section!r} (has: {found})")
+    values = tree[section]
+    unknown = ", ".join(sorted(map(str, set(values) - set(known))))
     if unknown:
-        raise UsageError(f"--preset {file}: {', '.join(unknown)} in {section!r} are not flags")
-    for name, value in values.items():
-        wanted = type(known[name])
-        if wanted is float and isinstance(value, (int, str)):  # yaml reads 1e-5 as a string
-            values[name] = float(value)
-        elif known[name] is not None and not isinstance(values[name], wanted):
-            raise UsageError(f"--preset {file}: {name}: {value!r} is not a {wanted.__name__}")
-    return values
+        raise UsageError(f"--preset {file}: {unknown} in {section!r} are not flags")
+    where = f"--preset {file}"
+    return {name: _preset_value(where, name, value, known[name]) for name, value in values.items()}
+
+
+def _preset_value(where: str, name: str, value: Any, wanted: Any) -> Any:
+    """The value as the flag's type; argparse does not look at defaults, so it is checked here."""
+    if get_origin(wanted) is Literal:
+        converted = value if value in get_args(wanted) else None
+        expected = f"one of {', '.join(get_args(wanted))}"
+    elif wanted is float:
+        converted, expected = _as_float(value), "a number"
+    else:
+        kind = wanted if wanted in (bool, int) else str  # the rest is str or str | None
+        converted, expected = value if type(value) is kind else None, f"of type {kind.__name__}"
+    if converted is None:
+        raise UsageError(f"{where}: {name}: {value!r} is not {expected}")
+    return converted
+
+
+def _as_float(value: Any) -> float | None:
+    """A number, also one that yaml reads as text (1e-5 without a point); None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def save_config(config: SftConfig, path: str | Path) -> None:

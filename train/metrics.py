@@ -19,6 +19,7 @@ from torch import Tensor
 from train.records import write_atomic
 
 Pairs = dict[str, tuple[float, int]]  # name -> sum, count
+ON_THE_BAR = ("loss", "completion_length", "lr")  # the rest is in the file
 
 
 class MetricLogger:
@@ -135,7 +136,7 @@ class MetricLogger:
             self._file.flush()
         shown = {name: value for name, value in finite.items() if name != "step"}
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+            self._bar.set_postfix({n: f"{shown[n]:.4g}" for n in ON_THE_BAR if n in shown})
         if self._board is not None:
             for name, value in shown.items():
                 self._board.add_scalar(name, value, step)

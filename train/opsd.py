@@ -70,13 +70,14 @@ def train(config: OpsdConfig, world: World) -> Path:
                 )
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=world.device)
-            fallback = placeholder(rows[0][1], processor)
-            for micro in micro_batches(trajectories, len(rows), config.run.micro_batch, fallback):
+            idle = [placeholder(rows[0][1], processor)]
+            for micro in micro_batches(trajectories, len(rows), config.run.micro_batch, idle):
                 # gradients are averaged over ranks, so each rank's share counts `size` times
                 scored = distillation(student, teacher, micro, count, distill, tokens, world.device)
                 (scored["loss"] * world.size).backward()
                 loss += scored.pop("loss").detach()
-                metrics.observe(**scored)
+                if micro is not idle:
+                    metrics.observe(**scored)
 
             norm = clip_grad_norm(student, config.optim.max_grad_norm)
             total = world.sum(float(loss))
@@ -96,15 +97,14 @@ def train(config: OpsdConfig, world: World) -> Path:
 
 
 def micro_batches(
-    trajectories: list[Trajectory], rows: int, size: int, fallback: Trajectory
+    trajectories: list[Trajectory], rows: int, size: int, idle: list[Trajectory]
 ) -> list[list[Trajectory]]:
     """The same number of micro batches on every rank, whatever could be sampled.
 
     Forward and backward are collectives under sharding: a rank with fewer would leave the others
-    waiting. An empty one runs `fallback` at weight zero.
+    waiting. Where nothing is left, `idle` (a placeholder, weight zero) takes its place.
     """
-    starts = range(0, rows, size)
-    return [trajectories[start : start + size] or [fallback] for start in starts]
+    return [trajectories[start : start + size] or idle for start in range(0, rows, size)]
 
 
 def distillation(
@@ -122,19 +122,35 @@ def distillation(
     """
     student_batch = pack([t.student for t in micro], tokens).to(device)
     teacher_batch = pack([t.teacher for t in micro], tokens).to(device)
-    weights = losses.trajectory_mean_weights(student_batch.loss_sample, max(count, len(micro)))
-    weights = torch.where(student_batch.loss_sample == _placeholders(micro), 0.0, weights)
     labels = sampled_labels(student_batch, micro)
     with torch.no_grad():
         head = partial(_teacher_head, config=config, labels=labels)
         target = teacher.module(teacher_batch, head=head)
-    head = partial(_student_head, config=config, target=target, labels=labels, weights=weights)
+    rows = student_batch.loss_sample
+    head = partial(
+        _student_head,
+        config=config,
+        target=target,
+        labels=labels,
+        weights=row_weights(micro, rows, count),
+        token_weights=row_weights(micro, rows, count, labels != losses.IGNORE_INDEX),
+    )
     return student(student_batch, head=head)
 
 
-def _placeholders(micro: list[Trajectory]) -> int:
-    """Sample index that stands for weight zero: the only one of a placeholder batch, or none."""
-    return 0 if micro[0].prompt.row < 0 else -1
+def row_weights(
+    micro: list[Trajectory], rows: Tensor, count: int, counted: Tensor | None = None
+) -> Tensor:
+    """(R,) weights of the mean over `count` trajectories of per-trajectory means (Eq. 7).
+
+    `counted` leaves rows out of the mean, e.g. those whose token was not sampled.
+    """
+    weights = torch.zeros(len(rows), device=rows.device)
+    if micro[0].prompt.row < 0:  # a placeholder
+        return weights
+    counted = torch.ones_like(rows, dtype=torch.bool) if counted is None else counted
+    weights[counted] = losses.trajectory_mean_weights(rows[counted], count)
+    return weights
 
 
 def sampled_labels(batch: PackedBatch, micro: list[Trajectory]) -> Tensor:
@@ -161,12 +177,13 @@ def _student_head(
     target: losses.TeacherTopK | Tensor,
     labels: Tensor,
     weights: Tensor,
+    token_weights: Tensor,
 ) -> dict[str, Tensor]:
     """Objective of the student's loss rows, and what is worth watching."""
     scored = {}
     if config.jsd_loss_kind == "tinker":
         loss = losses.chunked_policy_loss(
-            hidden, lm_head, target, labels, weights, config.jsd_temperature
+            hidden, lm_head, target, labels, token_weights, config.jsd_temperature
         )
     else:
         out = losses.chunked_jsd(hidden, lm_head, target, config.jsd, weights)
@@ -179,7 +196,7 @@ def _student_head(
         }
     loss = config.jsd_weight * loss
     if config.ce_weight:
-        ce = losses.chunked_cross_entropy(hidden, lm_head, labels, weights)
+        ce = losses.chunked_cross_entropy(hidden, lm_head, labels, token_weights)
         loss = loss + config.ce_weight * ce
     return {"loss": loss, **scored}
 

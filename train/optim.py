@@ -46,6 +46,8 @@ class OptimConfig:
             )
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"schedule={self.schedule!r}; choose cosine or constant")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps={self.total_steps}: a run needs at least one update")
         if not 0 <= self.warmup_steps <= self.total_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must lie between 0 and "

@@ -78,6 +78,8 @@ def distributed(model: ModelArguments, num_shard: int, global_batch: int) -> Ite
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(rank, size, shard, device, DTYPES[dtype])
+        if size > 1:  # gloo may abort a rank whose peers have left already
+            dist.barrier()
     finally:
         if size > 1:
             dist.destroy_process_group()

@@ -151,14 +151,22 @@ def patches_and_ids(golden: Golden) -> Iterator[Result]:
 def fixed_embeddings(golden: Golden) -> Iterator[Result]:
     stored, facts = golden.tensors("n_embeddings"), golden.json("n_embeddings")
     times = stored["timesteps"]
+    # A time beyond 1 never occurs. There the angle t * f multiplies the rounding of f (whose last bit
+    # depends on the machine's exp) by t, so the difference is taken per unit of time.
+    scale = times.clamp(min=1.0)[:, None]
+    frequencies, expected = timestep_frequencies(times), stored["freq_embed_256"]
+    inside = times <= 1
     yield close(
         "n_embeddings.timestep",
         FEATURES,
         [
-            (timestep_frequencies(times), stored["freq_embed_256"]),
+            (frequencies[inside], expected[inside]),
             (timestep_frequencies(torch.zeros(1)), stored["freq_embed_int0"]),
         ],
     )
+    if not inside.all():
+        pairs = [((frequencies / scale)[~inside], (expected / scale)[~inside])]
+        yield close("n_embeddings.timestep_beyond_1_per_t", FEATURES, pairs)
     yield close("n_embeddings.rope", FEATURES, _rope_pairs(stored))
     small = [
         (sincos_table_2d(*map(int, m.groups()[1:])), value)
@@ -181,21 +189,33 @@ def fixed_embeddings(golden: Golden) -> Iterator[Result]:
 def _rope_pairs(stored: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     positions = torch.tensor([0, 1, 2, 17, 300])
     for key, expected in stored.items():
-        if "rope_cos" in key or "rope_sin" in key:
-            cos, sin = rope_cos_sin(positions, expected.shape[1], 1e6)
-            yield (cos if "rope_cos" in key else sin), expected
-        elif key.endswith(("inv_freq", "inv_freq_fp32")):
+        name, _, kind = key.partition(".")
+        if kind.startswith("rope_"):
+            theta = _theta(stored[f"{name}.inv_freq"])
+            cos, sin = rope_cos_sin(positions, expected.shape[1], theta)
+            yield (cos if kind.startswith("rope_cos") else sin), expected
+        elif kind in ("inv_freq", "inv_freq_fp32"):
             # the angles of position 1 are the frequencies themselves, each of them below pi
-            cos, sin = rope_cos_sin(torch.tensor([1]), 2 * len(expected), 1e6)
+            cos, sin = rope_cos_sin(torch.tensor([1]), 2 * len(expected), _theta(expected))
             yield torch.atan2(sin, cos)[0, : len(expected)], expected
+
+
+def _theta(inv_freq: Tensor) -> float:
+    """The base is not stored by name; it is a whole number of thousands in every configuration."""
+    return round(float(inv_freq[1].double()) ** -len(inv_freq), -3)
 
 
 def _full_table(name: str, fact: dict, stored: dict[str, Tensor]) -> Iterator[Result]:
     """Full-size tables are stored as sums, some entries and a digest of all bytes."""
     table = sincos_table_2d(fact["side"], fact["dim"])
     wide = table.double()
-    weights = torch.arange(wide.numel(), dtype=torch.float64).reshape(wide.shape) % 9973
-    sums = {"sum": wide.sum(), "sumsq": wide.square().sum(), "abs_sum": wide.abs().sum()}
+    column = torch.arange(1, fact["dim"] + 1, dtype=torch.float64)
+    sums = {
+        "sum": wide.sum(),
+        "sumsq": wide.square().sum(),
+        "abs_sum": wide.abs().sum(),
+        "weighted": (wide.sum(0) * column).sum(),
+    }
     yield relative(
         f"n_embeddings.{name}.sums", FEATURES, [(sums[key], fact[key]) for key in sums]
     )

@@ -1,0 +1,1 @@
+"""Measurements of checkpoints: the KL diagnostic with gap closing, and accuracy."""

@@ -1,0 +1,151 @@
+"""KL_t of completions under two contexts: the forwards and the divergence of the KL diagnostic.
+
+Legend: R rows of a pack (T + 1 per completion of T tokens), D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.contexts import (
+    VisualThoughts,
+    completion,
+    reference_completion,
+    student_context,
+    teacher_context,
+)
+from data.example import Example
+from data.processor import Processor
+from data.streams import stream_seed
+from modeling.bagel import Bagel
+from modeling.generation import SamplingParams, generate
+from modeling.sequence import Segment, pack
+from modeling.tokenizer import SpecialTokens
+from train.losses import chunked_token_kl
+
+PRE = "pre"  # the base on both sides, real visual thoughts in the teacher's context
+IDENTICAL = "identical"  # control: C_S on both sides
+TEACHER_VTS: dict[str, VisualThoughts] = {PRE: "real", "noise_vt": "noise", "prompts_only": "none"}
+IDENTICAL_LIMIT = 1e-6  # nats; above it equal forwards differ, and nothing here can be trusted
+
+TokenIds = tuple[int, ...]
+TokenKL = list[list[float]]  # per completion, one value per row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One side of Eq. 4: a model and its hidden states (R, D) at the completion rows."""
+
+    model: Bagel
+    hidden: Tensor
+
+
+@torch.no_grad()
+def completion_rows(
+    model: Bagel,
+    contexts: Sequence[list[Segment]],
+    completions: Sequence[TokenIds],
+    tokens: SpecialTokens,
+) -> Rows:
+    """The rows that predict each completion and its closing token after its context, as one pack."""
+    sequences = [
+        [*context, *completion([token_ids])]
+        for context, token_ids in zip(contexts, completions, strict=True)
+    ]
+    batch = pack(sequences, tokens).to(model.language_model.lm_head.weight.device)
+    return Rows(model, model(batch))
+
+
+def token_kls(
+    teacher: Rows, student: Rows, completions: Sequence[TokenIds], include_end_row: bool = False
+) -> TokenKL:
+    """Eq. 4 before averaging: T values per completion, of the rows that predict c_1..c_T.
+
+    `include_end_row` adds the row that predicts the closing token.
+    """
+    kl = chunked_token_kl(
+        teacher.hidden,
+        teacher.model.language_model.lm_head,
+        student.hidden,
+        student.model.language_model.lm_head,
+    )
+    per_completion = kl.split([len(token_ids) + 1 for token_ids in completions])
+    return [(row if include_end_row else row[:-1]).tolist() for row in per_completion]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The frozen base, ready to score batches of examples. `seed` keys sampling and noise."""
+
+    base: Bagel
+    processor: Processor
+    seed: int
+    include_end_row: bool = False
+
+    def completions(
+        self, examples: Sequence[Example], source: str, max_new_tokens: int
+    ) -> list[TokenIds]:
+        """The data set's own texts ("dataset"), or samples of the base under C_S at temperature 1."""
+        if source == "dataset":
+            return [tuple(reference_completion(example, self.processor)) for example in examples]
+        contexts = [student_context(example, self.processor) for example in examples]
+        params = SamplingParams(max_new_tokens, temperature=1.0, max_image_skips=0)
+        seeds = [stream_seed(self.seed, "rollout", example.key) for example in examples]
+        rollouts = generate(self.base, contexts, self.processor.tokenizer, params, seeds)
+        return [rollout.token_ids for rollout in rollouts]
+
+    def before(
+        self, examples: Sequence[Example], completions: Sequence[TokenIds]
+    ) -> dict[str, TokenKL]:
+        """The base on both sides: K_pre and the controls.
+
+        Raises:
+            RuntimeError: identical contexts do not give 0.
+        """
+        student = self.student_rows(self.base, examples, completions)
+        teachers = {
+            name: self.teacher_rows(vt, examples, completions) for name, vt in TEACHER_VTS.items()
+        }
+        # a forward of its own: the control covers packing and model, not the divergence alone
+        teachers[IDENTICAL] = self.student_rows(self.base, examples, completions)
+        kls = {
+            name: token_kls(teacher, student, completions, self.include_end_row)
+            for name, teacher in teachers.items()
+        }
+        largest = max(abs(value) for row in kls[IDENTICAL] for value in row)
+        if largest > IDENTICAL_LIMIT:
+            raise RuntimeError(
+                f"identical contexts give KL_t up to {largest:g} nats instead of 0: forwards are "
+                "not reproducible on this device (try --device cpu)"
+            )
+        return kls
+
+    def after(
+        self, student: Bagel, examples: Sequence[Example], completions: Sequence[TokenIds]
+    ) -> TokenKL:
+        """K_post: the base under C_T against a trained student under C_S."""
+        return token_kls(
+            self.teacher_rows("real", examples, completions),
+            self.student_rows(student, examples, completions),
+            completions,
+            self.include_end_row,
+        )
+
+    def student_rows(
+        self, model: Bagel, examples: Sequence[Example], completions: Sequence[TokenIds]
+    ) -> Rows:
+        contexts = [student_context(example, self.processor) for example in examples]
+        return completion_rows(model, contexts, completions, self.processor.tokenizer.special)
+
+    def teacher_rows(
+        self, vt: VisualThoughts, examples: Sequence[Example], completions: Sequence[TokenIds]
+    ) -> Rows:
+        contexts = [self.teacher_context(vt, example) for example in examples]
+        return completion_rows(self.base, contexts, completions, self.processor.tokenizer.special)
+
+    def teacher_context(self, vt: VisualThoughts, example: Example) -> list[Segment]:
+        """C_T with the given visual thoughts; noise is keyed by the example."""
+        noise_seed = stream_seed(self.seed, "noise", example.key) if vt == "noise" else None
+        return teacher_context(example, self.processor, vt, noise_seed)

@@ -1,0 +1,283 @@
+"""Accuracy of a checkpoint on the tasks: batched decoding, rule-based answers, one row per task.
+
+    python -m eval.run --model_path DIR --data_root datasets --split test --output_dir results/accuracy
+
+Writes predictions.jsonl (one record per sample) and scores.json (one record per task, then overall).
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from tqdm import tqdm
+
+from data.answers import answers_match
+from data.contexts import student_context, teacher_context
+from data.example import DataError, Example, ExampleError, Fields
+from data.mixture import MixtureConfig
+from data.parquet import SPLITS, ParquetSource, iter_examples
+from data.processor import Processor
+from data.streams import stream_seed
+from eval.session import (
+    open_sources,
+    origin,
+    parser_of,
+    pick_device,
+    positive,
+    table,
+)
+from eval.statistics import OVERALL, wilson_interval
+from inferencer import Completion, InterleaveInferencer
+from modeling.generation import SamplingParams
+from modeling.sequence import Segment
+from train.config import DTYPES, UsageError
+from train.records import base_record, write_records
+from train.session import exit_on_user_error
+
+# Context -> visual thoughts in it; None is the student's, with neither VTs nor the prompts around them.
+CONTEXTS = {"student": None, "teacher": "real", "teacher_noise": "noise", "prompts_only": "none"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scored sample."""
+
+    task: str
+    id: str
+    gold: str
+    text: str
+    answer: str | None  # None: nothing could be parsed, which counts as wrong
+    correct: bool
+    tokens: int
+    ended_by: str
+    skips: int
+    seconds: float  # of its batch, preprocessing included, divided by the batch
+
+
+def context_of(example: Example, processor: Processor, context: str, seed: int) -> list[Segment]:
+    """The context that `--context` names; noise is keyed by the example."""
+    vt = CONTEXTS[context]
+    if vt is None:
+        return student_context(example, processor)
+    noise_seed = stream_seed(seed, "noise", example.key) if vt == "noise" else None
+    return teacher_context(example, processor, vt, noise_seed)
+
+
+def predict(
+    inferencer: InterleaveInferencer,
+    examples: Sequence[Example],
+    context: str,
+    params: SamplingParams,
+    seed: int,
+) -> list[Prediction]:
+    """Decode one batch and score it."""
+    seeds = [stream_seed(seed, "rollout", example.key) for example in examples]
+    start = time.perf_counter()
+    contexts = [context_of(example, inferencer.processor, context, seed) for example in examples]
+    completions = inferencer.complete(contexts, params, seeds)
+    seconds = (time.perf_counter() - start) / len(examples)
+    return [
+        score(example, completion, seconds)
+        for example, completion in zip(examples, completions, strict=True)
+    ]
+
+
+def score(example: Example, completion: Completion, seconds: float) -> Prediction:
+    """Compare a completion with the gold answer; an unparsed one is wrong, never guessed."""
+    answer, rollout = completion.answer, completion.rollout
+    return Prediction(
+        task=example.source,
+        id=example.key,
+        gold=example.answer,
+        text=completion.text,
+        answer=answer,
+        correct=answer is not None and answers_match(answer, example.answer),
+        tokens=len(rollout.token_ids),
+        ended_by=rollout.ended_by,
+        skips=rollout.skips,
+        seconds=seconds,
+    )
+
+
+def task_scores(predictions: Sequence[Prediction]) -> dict[str, float | int]:
+    """What is reported of one task; accuracies and rates are shares of all its samples."""
+    n = len(predictions)
+    accuracy = fmean(p.correct for p in predictions)
+    low, high = wilson_interval(accuracy, n)
+    return {
+        "n": n,
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "unparsed_rate": fmean(p.answer is None for p in predictions),
+        "budget_rate": fmean(p.ended_by == "budget" for p in predictions),
+        "mean_tokens": fmean(p.tokens for p in predictions),
+        "mean_skips": fmean(p.skips for p in predictions),
+        "seconds_per_sample": fmean(p.seconds for p in predictions),
+    }
+
+
+def all_scores(predictions: Iterable[Prediction]) -> dict[str, dict[str, float | int]]:
+    """Scores per task, then "overall": means over tasks, each task counting the same."""
+    by_task: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        by_task.setdefault(prediction.task, []).append(prediction)
+    scores = {task: task_scores(rows) for task, rows in by_task.items()}
+    rows = list(scores.values())
+    overall = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    overall["n"] = sum(row["n"] for row in rows)
+    overall["low"], overall["high"] = wilson_interval(overall["accuracy"], overall["n"])
+    return {**scores, OVERALL: overall}
+
+
+class Evaluation:
+    """The samples of one run: which rows, in which batches."""
+
+    def __init__(self, args: argparse.Namespace, sources: MixtureConfig) -> None:
+        self.args, self.sources = args, sources
+        self.fields = Fields(
+            visual_thoughts=CONTEXTS[args.context] in ("real", "noise"),
+            thoughts=False,
+            full_text_only_thought=False,
+            max_rounds=sources.max_reference_rounds,
+        )
+        self.unusable: list[str] = []
+
+    def __len__(self) -> int:
+        """Samples, before unusable rows are left out."""
+        rows = [
+            len(ParquetSource(self.args.data_root, name, self.args.split, self.fields))
+            for name in self.sources.dataset_names
+        ]
+        return sum(min(n, self.args.limit_per_task or n) for n in rows)
+
+    def batches(self) -> Iterator[list[Example]]:
+        """Batches of one task each, so that the time per sample is that of the task."""
+        for name in self.sources.dataset_names:
+            batch = []
+            for example in iter_examples(
+                self.args.data_root,
+                [name],
+                self.args.split,
+                self.args.limit_per_task,
+                fields=self.fields,
+                on_error=self._note,
+            ):
+                batch.append(example)
+                if len(batch) == self.args.batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+
+    def _note(self, error: ExampleError) -> None:
+        self.unusable.append(str(error))
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
+    """Decode, score, write predictions.jsonl and scores.json; returns the scores."""
+    positive(
+        limit_per_task=args.limit_per_task,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    )
+    if args.temperature < 0 or args.eval_image_skips < 0:
+        raise UsageError("--temperature and --eval_image_skips must not be negative")
+    evaluation = Evaluation(args, open_sources(args.dataset_config_file))
+    device = pick_device(args.device)
+    name = args.compute_dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    total = len(evaluation)  # asks for the data before the model is loaded
+    inferencer = InterleaveInferencer.from_pretrained(
+        args.model_path, device, DTYPES[name], args.weights
+    )
+    params = SamplingParams(args.max_new_tokens, args.temperature, args.eval_image_skips)
+    predictions: list[Prediction] = []
+    with tqdm(total=total, desc=f"{args.context} context", unit="sample", dynamic_ncols=True) as bar:
+        for batch in evaluation.batches():
+            predictions += predict(inferencer, batch, args.context, params, args.seed)
+            bar.update(len(batch))
+    if not predictions:
+        raise DataError(f"no usable row; the first error: {evaluation.unusable[0]}")
+    scores = all_scores(predictions)
+    write_results(args, predictions, scores)
+    report(args, scores, evaluation.unusable)
+    return scores
+
+
+def write_results(
+    args: argparse.Namespace, predictions: Sequence[Prediction], scores: dict[str, dict]
+) -> None:
+    """One record per sample and one per task; all of one run share their origin."""
+    common = origin("accuracy", args)
+    setting = {"context": args.context, "split": args.split, "batch_size": args.batch_size}
+    samples = []
+    for prediction in predictions:
+        values = dataclasses.asdict(prediction)
+        task, key = values.pop("task"), values.pop("id")
+        values |= {"parsed": prediction.answer is not None, **setting}
+        samples.append(base_record(task=task, id=key, values=values, **common))
+    totals = [
+        base_record(task=task, id=args.context, values=row | setting, **common)
+        for task, row in scores.items()
+    ]
+    folder = Path(args.output_dir)
+    write_records(folder / "predictions.jsonl", samples)
+    write_records(folder / "scores.json", totals)
+
+
+def report(args: argparse.Namespace, scores: dict[str, dict], unusable: Sequence[str]) -> None:
+    """Print the table."""
+    header = ["task", "n", "accuracy", "95 %", "unparsed", "tokens", "s/sample"]
+    rows = [
+        [
+            task,
+            str(row["n"]),
+            f"{row['accuracy']:.1%}",
+            f"{row['low']:.1%} .. {row['high']:.1%}",
+            f"{row['unparsed_rate']:.1%}",
+            f"{row['mean_tokens']:.1f}",
+            f"{row['seconds_per_sample']:.4f}",
+        ]
+        for task, row in scores.items()
+    ]
+    print(f"{args.model_path}, {args.context} context, {args.split}, batches of {args.batch_size}")
+    print(table(header, rows))
+    if unusable:
+        print(f"{len(unusable)} unusable rows were left out; the last one: {unusable[-1]}")
+    print(f"saved {args.output_dir}/scores.json and predictions.jsonl")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of("eval.run", "Accuracy of a checkpoint on the tasks.")
+    add = parser.add_argument
+    add("--split", choices=SPLITS, default="test")
+    add("--limit_per_task", type=int, help="first rows of each source; default: all")
+    add("--context", choices=tuple(CONTEXTS), default="student", help="what the model sees")
+    add("--max_new_tokens", type=int, default=1024)
+    add("--batch_size", type=int, default=1, help="rows decoded together")
+    add("--eval_image_skips", type=int, default=0, help="rounds granted after a picture request")
+    add("--temperature", type=float, default=0.0, help="0 = greedy")
+    add("--seed", type=int, default=0, help="of noise VTs and of sampling")
+    add(
+        "--compute_dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto = bfloat16 on cuda, float32 on cpu",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    with exit_on_user_error():
+        evaluate(args)
+
+
+if __name__ == "__main__":
+    main()

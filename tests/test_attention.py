@@ -1,0 +1,281 @@
+"""Attention plans against a dense float64 oracle written from the definition of the splits."""
+
+import importlib.util
+import random
+
+import pytest
+import torch
+
+from modeling.attention import CachedPlan, FlashPlan, FlexPlan, SDPAPlan, packed_plan, split_mask
+from modeling.config import LLMConfig
+from modeling.kv_cache import KVCache
+from modeling.sequence import Split
+
+E = 8  # head_dim
+gpu = pytest.mark.gpu
+
+
+def visible(splits, query):
+    """Tokens of a sample that `query` sees, from the definition, one token at a time."""
+    seen, start = set(), 0
+    for split in splits:
+        inside = range(start, start + split.length)
+        if query < start:
+            break
+        if query in inside:
+            seen |= {t for t in inside if split.mode != "causal" or t <= query}
+        elif split.mode != "noise":
+            seen |= set(inside)
+        start += split.length
+    return sorted(seen)
+
+
+def dense(q, k, v, rows):
+    """Softmax attention in float64; rows[i] lists the keys of query i; kv-heads are repeated."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    parts = []
+    for i, keys in enumerate(rows):
+        heads = []
+        for h in range(q.shape[1]):
+            scores = k[keys, h // group] @ q[i, h] / q.shape[2] ** 0.5
+            heads.append(torch.softmax(scores, 0) @ v[keys, h // group])
+        parts.append(torch.stack(heads))
+    return torch.stack(parts) if parts else out
+
+
+def oracle(q, k, v, samples):
+    rows, start = [], 0
+    for splits in samples:
+        length = sum(split.length for split in splits)
+        rows += [[start + key for key in visible(splits, i)] for i in range(length)]
+        start += length
+    return dense(q, k, v, rows)
+
+
+def random_samples(seed, modes=("causal", "full", "noise"), count=3):
+    rng = random.Random(seed)
+    return [
+        tuple(Split(rng.randint(1, 6), rng.choice(modes)) for _ in range(rng.randint(1, 4)))
+        for _ in range(count)
+    ]
+
+
+def heads(samples, query_heads, kv_heads, seed=0, device="cpu", dtype=torch.float32):
+    length = sum(split.length for splits in samples for split in splits)
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(length, n, E, generator=generator).to(device, dtype).requires_grad_()
+        for n in (query_heads, kv_heads, kv_heads)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mask_is_the_definition(seed):
+    (splits,) = random_samples(seed, count=1)
+    mask = split_mask(splits)
+    for query, row in enumerate(mask):
+        assert row.nonzero().flatten().tolist() == visible(splits, query)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_sdpa_forward_and_backward(seed, kv_heads):
+    samples = random_samples(seed)
+    q, k, v = heads(samples, 4, kv_heads, seed)
+    out = SDPAPlan(samples, "cpu")(q, k, v)
+    expected = oracle(q, k, v, samples)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    grads = torch.autograd.grad((out * upstream).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * upstream).sum(), (q, k, v))
+    for grad, want in zip(grads, wanted, strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(grad, want, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("samples", [[(Split(5, "full"),)] * 3, [(Split(4, "full"),)]])
+def test_sdpa_without_a_mask_for_equal_images(samples):
+    plan = SDPAPlan(samples, "cpu")
+    assert plan.mask is None
+    q, k, v = heads(samples, 2, 2)
+    torch.testing.assert_close(
+        plan(q, k, v).double(), oracle(q, k, v, samples), atol=2e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_flex_forward(seed, kv_heads):
+    samples = random_samples(seed)
+    q, k, v = heads(samples, 4, kv_heads, seed)
+    with torch.no_grad():
+        out = FlexPlan(samples, "cpu")(q, k, v)
+    torch.testing.assert_close(out.double(), oracle(q, k, v, samples), atol=2e-6, rtol=0)
+
+
+# ---- bottom-right alignment with a cache ------------------------------------------------------
+
+
+def cached_rows(cached, samples):
+    """Per packed query the keys it sees among [cached, new] tokens of its own row."""
+    return [
+        list(range(old)) + [old + key for key in visible(splits, i)]
+        for old, splits in zip(cached, samples, strict=True)
+        for i in range(sum(split.length for split in splits))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cached_attention_is_bottom_right_aligned(seed):
+    """Ragged rows; every new query sees all cached keys of its row and its splits' share of new ones."""
+    rng = random.Random(seed)
+    samples = random_samples(seed, modes=("causal", "full"), count=3)
+    if seed == 0:
+        samples = [(Split(1, "causal"),)] * 3  # a decoding step
+    cached = [rng.randint(0, 7) for _ in samples]
+    config = LLMConfig(16, 4 * E, 8, 1, 4, 2)
+    cache = KVCache(config, 3, 40)
+    old_k, old_v = (torch.randn(3, 40, 2, E) for _ in range(2))
+    for row, n in enumerate(cached):  # what is beyond a row's length must not matter
+        cache.keys[0, row] = 1e3
+        cache.values[0, row] = 1e3
+        cache.keys[0, row, :, :n] = old_k[row, :n].transpose(0, 1)
+        cache.values[0, row, :, :n] = old_v[row, :n].transpose(0, 1)
+    cache.advance(torch.tensor(cached), torch.tensor(cached), max(cached))
+    with torch.no_grad():
+        q, k, v = heads(samples, 4, 2, seed)
+        plan = cache.plan(samples)
+        out = plan(q, *cache.append(0, k, v, plan))
+        rows, start, expected = cached_rows(cached, samples), 0, []
+        for row, splits in enumerate(samples):
+            length = sum(split.length for split in splits)
+            span = slice(start, start + length)
+            keys = torch.cat([old_k[row, : cached[row]], k[span]])
+            values = torch.cat([old_v[row, : cached[row]], v[span]])
+            expected.append(dense(q[span], keys, values, rows[span]))
+            start += length
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=0)
+
+
+def test_last_query_of_a_causal_chunk_sees_every_key():
+    mask = CachedPlan([(Split(3, "causal"),)], torch.tensor([4]), extent=7).mask[0, 0]
+    expected = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0], [1] * 7]).bool()
+    assert torch.equal(mask, expected)
+
+
+def test_forward_without_advance_leaves_the_cache_as_it_was():
+    cache = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 2), 1, 8)
+    plan = cache.plan([(Split(2, "causal"),)])
+    cache.append(0, torch.ones(2, 2, E), torch.ones(2, 2, E), plan)
+    assert cache.lengths.tolist() == [0] and cache.extent == 0
+    again = cache.plan([(Split(1, "causal"),)])
+    assert again.slots.tolist() == [0]
+
+
+def test_forks_do_not_share_storage():
+    cache = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 2), 2, 4)
+    plan = cache.plan([(Split(1, "causal"),)] * 2)
+    values = torch.arange(2.0)[:, None, None].expand(2, 2, E)
+    cache.append(0, values, values, plan)
+    cache.advance(torch.tensor([1, 1]), torch.tensor([1, 1]), 1)
+    fork = cache.select([1, 1, 0])
+    assert len(fork) == 3 and fork.keys[0, :, 0, 0, 0].tolist() == [1.0, 1.0, 0.0]
+    fork.keys.fill_(7)
+    assert cache.keys[0, 1, 0, 0, 0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([(Split(5, "causal"),)], "cannot hold 5"),
+        ([(Split(1, "causal"),)] * 2, "2 samples for a cache of 1"),
+        ([(Split(2, "noise"),)], "noise splits cannot be cached"),
+    ],
+)
+def test_cache_refuses(samples, message):
+    cache = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 2), 1, 4)
+    with pytest.raises(ValueError, match=message):
+        cache.plan(samples)
+
+
+# ---- choosing a backend -----------------------------------------------------------------------
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="'math' is unknown: choose sdpa, flex or flash"):
+        packed_plan([(Split(1, "causal"),)], "cpu", "math")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is here")
+def test_flash_without_the_package_names_the_remedy():
+    with pytest.raises(ImportError, match="pip install flash-attn.*sdpa or flex"):
+        packed_plan([(Split(1, "causal"),)], "cpu", "flash")
+
+
+def test_flash_splits_reach_the_kernel_with_their_prefixes(monkeypatch):
+    """The calls FlashPlan makes, run through the oracle instead of the CUDA kernel."""
+
+    class Module:
+        @staticmethod
+        def flash_attn_func(q, k, v, causal):
+            ahead = k.shape[1] - q.shape[1]
+            limit = [ahead + i + 1 if causal else k.shape[1] for i in range(q.shape[1])]
+            return dense(q[0], k[0], v[0], [list(range(n)) for n in limit])[None]
+
+    monkeypatch.setattr("modeling.attention.importlib.import_module", lambda name: Module)
+    samples = random_samples(3, modes=("causal", "full"))
+    q, k, v = heads(samples, 4, 2)
+    out = FlashPlan(samples)(q, k, v)
+    torch.testing.assert_close(out, oracle(q, k, v, samples), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="cannot hide noise splits"):
+        FlashPlan([(Split(2, "noise"),)])
+
+
+def cuda_or_skip():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@gpu
+@pytest.mark.parametrize("seed", range(2))
+def test_flex_forward_and_backward_on_cuda(seed):
+    cuda_or_skip()
+    samples = random_samples(seed)
+    q, k, v = heads(samples, 4, 2, seed, "cuda")
+    q, k, v = (torch.cat([x, x], dim=-1).detach().requires_grad_() for x in (q, k, v))  # E = 16
+    out = FlexPlan(samples, "cuda")(q, k, v)
+    expected = oracle(q, k, v, samples)
+    torch.testing.assert_close(out.double(), expected, atol=5e-3, rtol=0)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want.to(grad), atol=2e-2, rtol=1e-2)
+
+
+@gpu
+def test_sdpa_forward_and_backward_on_cuda():
+    cuda_or_skip()
+    samples = random_samples(1)
+    q, k, v = heads(samples, 4, 2, 1, "cuda")
+    out, expected = SDPAPlan(samples, "cuda")(q, k, v), oracle(q, k, v, samples)
+    torch.testing.assert_close(out.double(), expected, atol=5e-3, rtol=0)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want.to(grad), atol=2e-2, rtol=1e-2)
+
+
+@gpu
+def test_flash_forward_and_backward_on_cuda():
+    cuda_or_skip()
+    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    samples = random_samples(2, modes=("causal", "full"))
+    q, k, v = heads(samples, 4, 2, 2, "cuda", torch.bfloat16)
+    out, expected = FlashPlan(samples)(q, k, v), oracle(q, k, v, samples)
+    torch.testing.assert_close(out.double(), expected, atol=3e-2, rtol=0)
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want.to(grad), atol=0.2, rtol=5e-2)

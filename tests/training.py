@@ -1,0 +1,167 @@
+"""What the trainer tests share: a checkpoint of 40 k parameters, a few records, short runs in process."""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data.miniworld.model import TRANSFORM, initialise
+from data.miniworld.tokenizer import save_tokenizer
+from data.miniworld.world import TASKS
+from data.miniworld.write import write_dataset
+from data.mixture import Drawn
+from data.processor import Processor
+from data.prompts import MINI
+from modeling.bagel import Bagel
+from modeling.config import BagelConfig, LLMConfig, ViTConfig
+from modeling.pretrained import save_pretrained
+from modeling.tokenizer import load_tokenizer
+from train import opsd, sft
+from train.config import OpsdConfig, SftConfig, parse_opsd, parse_sft
+from train.parallel import World
+
+WORLD = World(rank=0, size=1, num_shard=1, device=torch.device("cpu"), compute_dtype=torch.float32)
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+ROWS = 12  # training rows per task family
+
+
+@functools.cache
+def workspace() -> Path:
+    """A folder for this process, with `base/` (a checkpoint) and `datasets/`."""
+    folder = Path(tempfile.mkdtemp(prefix="visual-opsd-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_checkpoint(folder / "base", seed=0)
+    for task in TASKS:
+        write_dataset(folder / "datasets", task, "train", ROWS, seed=0)
+    return folder
+
+
+@torch.no_grad()
+def write_checkpoint(path: Path, seed: int) -> None:
+    """An untrained model of two decoder layers that likes to end a round and to ask for images.
+
+    Its residual stream has a constant first channel, through which the text head has a bias.
+    """
+    save_tokenizer(path)
+    processor = Processor(load_tokenizer(path), TRANSFORM, MINI)
+    processor.save_pretrained(path)
+    llm = LLMConfig(processor.tokenizer.vocab_size, 32, 48, 2, 2, 1, max_position_embeddings=512)
+    model = Bagel(BagelConfig(llm, ViTConfig(32, 48, 2, 2, image_size=56)))
+    initialise(model, seed)
+    model.language_model.model.embed_tokens.weight[:, 0] = 3.0
+    model.connector.fc2.bias[0] = 3.0
+    head = model.language_model.lm_head.weight
+    head[:, 0] = 0.0
+    head[processor.tokenizer.special.eos, 0] = 1.8
+    head[processor.tokenizer.encode("<image_start>")[0], 0] = 2.2
+    save_pretrained(model.state_dict(), model.config, path, dtype=torch.float32)
+
+
+def _argv(folder: Path, flags: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    values = {
+        "model_path": workspace() / "base",
+        "data_root": workspace() / "datasets",
+        "results_dir": folder / "results",
+        "checkpoint_dir": folder / "checkpoints",
+        "num_workers": 0,
+        "device": "cpu",
+        "total_steps": 2,
+        "warmup_steps": 0,
+        "lr": 1e-3,
+        "global_batch": 4,
+        "micro_batch": 4,
+        "save_dtype": "float32",
+        "log_every": 1,
+        "progress": False,
+        **defaults,
+        **flags,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def opsd_argv(folder: Path, **flags: Any) -> list[str]:
+    """Command line of a short distillation run that writes below `folder`."""
+    defaults = {
+        "dataset_config_file": CONFIGS / "mini_opsd.yaml",
+        "jsd_top_k": 32,
+        "sample_max_new_tokens": 12,
+        "min_completion": 4,
+        "max_forward_tokens": 256,
+    }
+    return _argv(folder, flags, defaults)
+
+
+def sft_argv(folder: Path, **flags: Any) -> list[str]:
+    """Command line of a short fine-tuning run that writes below `folder`."""
+    return _argv(folder, flags, {"dataset_config_file": CONFIGS / "mini_pretrain.yaml"})
+
+
+def opsd_config(folder: Path, **flags: Any) -> OpsdConfig:
+    return parse_opsd(opsd_argv(folder, **flags))
+
+
+def sft_config(folder: Path, **flags: Any) -> SftConfig:
+    return parse_sft(sft_argv(folder, **flags))
+
+
+def run_opsd(folder: Path, **flags: Any) -> list[dict[str, float]]:
+    """Metric lines of a distillation run in this process."""
+    opsd.train(opsd_config(folder, **flags), WORLD)
+    return metric_lines(folder)
+
+
+def run_sft(folder: Path, **flags: Any) -> list[dict[str, float]]:
+    """Metric lines of a fine-tuning run in this process."""
+    sft.train(sft_config(folder, **flags), WORLD)
+    return metric_lines(folder)
+
+
+def metric_lines(folder: Path) -> list[dict[str, float]]:
+    text = (folder / "results" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def weights_of(folder: Path, step: int | None = None, name: str = "model") -> dict[str, Tensor]:
+    """Weights on disk: of the starting checkpoint, or of a run below `folder` after `step` updates."""
+    where = folder if step is None else folder / "checkpoints" / f"{step:07d}"
+    return load_file(where / f"{name}.safetensors")
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+def base_processor() -> Processor:
+    return Processor.from_pretrained(workspace() / "base")
+
+
+def draws(config: SftConfig, step: int = 0) -> list[tuple[int, Drawn]]:
+    """(row, draw) of one step, straight from the mixture."""
+    mixture = opsd.open_mixture(config)
+    rows = range(config.run.global_batch)
+    return [(row, mixture.draw(step * len(rows) + row)) for row in rows]
+
+
+def same_segments(first: list, second: list) -> bool:
+    """Equal token ids, grids and pixels."""
+    if len(first) != len(second):
+        return False
+    for one, other in zip(first, second, strict=True):
+        if type(one) is not type(other):
+            return False
+        if hasattr(one, "patches"):
+            if one.patches.shape != other.patches.shape or not torch.equal(
+                one.patches, other.patches
+            ):
+                return False
+        elif one != other:
+            return False
+    return True
