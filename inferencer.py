@@ -58,9 +58,7 @@ class InterleaveInferencer:
         images = [] if image is None else [image]
         return [self.answer(images, text or "", **sampling).text]
 
-    def answer(
-        self, images: Sequence[PIL.Image.Image], question: str, **sampling
-    ) -> Completion:
+    def answer(self, images: Sequence[PIL.Image.Image], question: str, **sampling) -> Completion:
         """Answer one question about images; keyword arguments are those of `answer_batch`."""
         return self.answer_batch([(images, question)], **sampling)[0]
 

@@ -1,16 +1,16 @@
-"""KL diagnostic (Eq. 4) and gap closing (Eq. 9): how far visual thoughts move next-token distributions.
+"""KL diagnostic (Eq. 4) and gap closing (Eq. 9): how far visual thoughts move a model.
 
     KL_t  = KL(p_T(. | C_T, c_<t) || p_S(. | C_S, c_<t))   full vocabulary, float32
     K_gen = mean over t = 1..T of a sample, then over the samples of a task, then over tasks
 
 The completion c_1..c_T is the same on both sides, and so is the frozen base, except after training
-("post"), where the student under C_S is a trained checkpoint. Three controls on the same completions:
+("post"), where the student under C_S is a trained checkpoint. Controls on the same completions:
 identical contexts, noise in the place of the visual thoughts, the prompts around them without any.
 
     python -m eval.kl_diagnostic --model_path DIR --num_samples 1000 --output_dir results/kl \
         --student_path opsd=DIR noise=DIR
 
-Writes records.jsonl (per sample: token ids and KL_t), summary.json (per task and overall), ids.json.
+Writes records.jsonl (per sample: token ids, KL_t), summary.json (per task and overall), ids.json.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Sample:
 
 
 class Selection:
-    """A stratified sample of rows: the same number per source, drawn by seed without replacement."""
+    """A stratified sample: the same number of rows per source, by seed, without replacement."""
 
     def __init__(self, args: argparse.Namespace, sources: MixtureConfig) -> None:
         names = sources.dataset_names
@@ -255,7 +255,8 @@ def write_results(args: argparse.Namespace, samples: Sequence[Sample], summary: 
     folder = Path(args.output_dir)
     write_records(folder / "records.jsonl", records)
     write_records(folder / "summary.json", totals)
-    write_atomic(folder / "ids.json", json.dumps([sample.id for sample in samples], indent=1) + "\n")
+    ids = [sample.id for sample in samples]
+    write_atomic(folder / "ids.json", json.dumps(ids, indent=1) + "\n")
 
 
 def report(args: argparse.Namespace, summary: Summary) -> str:
@@ -286,9 +287,7 @@ def _bar(args: argparse.Namespace, title: str) -> tqdm:
     return tqdm(total=args.num_samples, desc=title, unit="sample", dynamic_ncols=True)
 
 
-def _scored(
-    examples: Sequence[Example], samples: Sequence[Sample]
-) -> list[tuple[Example, Sample]]:
+def _scored(examples: Sequence[Example], samples: Sequence[Sample]) -> list[tuple[Example, Sample]]:
     """The pairs whose completion is not empty."""
     pairs = list(zip(examples, samples, strict=True))
     return [(example, sample) for example, sample in pairs if sample.token_ids]

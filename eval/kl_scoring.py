@@ -34,6 +34,11 @@ TokenIds = tuple[int, ...]
 TokenKL = list[list[float]]  # per completion, one value per row
 
 
+def post(student: str) -> str:
+    """Measure of a trained student: the base under C_T against it under C_S."""
+    return f"post:{student}"
+
+
 @dataclass(frozen=True)
 class Rows:
     """One side of Eq. 4: a model and its hidden states (R, D) at the completion rows."""
@@ -49,7 +54,7 @@ def completion_rows(
     completions: Sequence[TokenIds],
     tokens: SpecialTokens,
 ) -> Rows:
-    """The rows that predict each completion and its closing token after its context, as one pack."""
+    """The rows that predict each completion and its closing token, all samples as one pack."""
     sequences = [
         [*context, *completion([token_ids])]
         for context, token_ids in zip(contexts, completions, strict=True)
@@ -87,7 +92,7 @@ class Scorer:
     def completions(
         self, examples: Sequence[Example], source: str, max_new_tokens: int
     ) -> list[TokenIds]:
-        """The data set's own texts ("dataset"), or samples of the base under C_S at temperature 1."""
+        """The data set's texts ("dataset"), or samples of the base under C_S at temperature 1."""
         if source == "dataset":
             return [tuple(reference_completion(example, self.processor)) for example in examples]
         contexts = [student_context(example, self.processor) for example in examples]

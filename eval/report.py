@@ -2,8 +2,8 @@
 
     python -m eval.report --results_dir results/quickstart
 
-Nothing is computed here but differences: every number is read from the files that `eval.kl_diagnostic`
-and `eval.run` wrote, and names the file and the command it came from.
+Nothing is computed here but differences: every number is read from the files that
+`eval.kl_diagnostic` and `eval.run` wrote, and names the file and the command it came from.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def effect(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     gains = {}
     for task, row in tasks.items():
         points = {name: 100 * value["accuracy"] for name, value in row["accuracy"].items()}
-        gains[task] = {f"above_{other}": points["opsd"] - points[other] for other in ("base", "noise")}
+        gains[task] = {
+            f"above_{other}": points["opsd"] - points[other] for other in ("base", "noise")
+        }
     return gains
 
 

@@ -1,8 +1,8 @@
 """Accuracy of a checkpoint on the tasks: batched decoding, rule-based answers, one row per task.
 
-    python -m eval.run --model_path DIR --data_root datasets --split test --output_dir results/accuracy
+    python -m eval.run --model_path DIR --split test --output_dir results/accuracy
 
-Writes predictions.jsonl (one record per sample) and scores.json (one record per task, then overall).
+Writes predictions.jsonl (a record per sample) and scores.json (a record per task, then overall).
 """
 
 import argparse
@@ -38,7 +38,7 @@ from train.config import DTYPES, UsageError
 from train.records import base_record, write_records
 from train.session import exit_on_user_error
 
-# Context -> visual thoughts in it; None is the student's, with neither VTs nor the prompts around them.
+# Context -> its visual thoughts; None is the student's, without the prompts around them as well.
 CONTEXTS = {"student": None, "teacher": "real", "teacher_noise": "noise", "prompts_only": "none"}
 
 
@@ -198,7 +198,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
     )
     params = SamplingParams(args.max_new_tokens, args.temperature, args.eval_image_skips)
     predictions: list[Prediction] = []
-    with tqdm(total=total, desc=f"{args.context} context", unit="sample", dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=args.context, unit="sample", dynamic_ncols=True) as bar:
         for batch in evaluation.batches():
             predictions += predict(inferencer, batch, args.context, params, args.seed)
             bar.update(len(batch))

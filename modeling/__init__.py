@@ -1,1 +1,1 @@
-"""Floor 1: segments -> packed batch -> logits. Single-device model code; everything here is packed."""
+"""Floor 1: segments -> packed batch -> logits. Single-device code; everything is packed."""

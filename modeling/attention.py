@@ -1,12 +1,13 @@
 """Packed attention behind one interface: SDPA (always), FlexAttention, flash-attn when installed.
 
-A plan is built once per forward and shared by all layers: `plan(q, k, v) -> (T, H, E)`. Who sees whom
-follows from the attention splits of each sample: a query sees everything in earlier splits of its
-sample; inside its own split a "causal" one sees up to itself, a "full" or "noise" one sees all of it.
-Noise splits are invisible from outside. With a cache, new tokens come after the cached ones
+A plan is built once per forward and shared by all layers: `plan(q, k, v) -> (T, H, E)`. Who sees
+whom follows from the attention splits of each sample: a query sees everything in earlier splits of
+its sample; inside its own split a "causal" one sees up to itself, a "full" or "noise" one sees all
+of it. Noise splits are invisible from outside. With a cache, new tokens come after the cached ones
 (bottom-right alignment).
 
-Legend: T packed tokens, B samples (cache rows), L padded length, S key slots, H heads, K kv-heads, E head_dim.
+Legend: T packed tokens, B samples (cache rows), L padded length, S key slots, H heads, K kv-heads,
+E head_dim.
 """
 
 import importlib
@@ -37,7 +38,7 @@ def packed_plan(samples: Samples, device: torch.device | str, backend: Backend =
 
 
 def split_mask(splits: Sequence[Split]) -> Tensor:
-    """Dense (L, L) bool mask of one sample, True = may attend. The definition the plans implement."""
+    """Dense (L, L) bool mask of one sample, True = may attend: the definition of all plans."""
     limit, block, noise = _token_rules(splits)
     keys = torch.arange(len(limit))
     visible = keys[None, :] <= limit[:, None]
@@ -164,13 +165,16 @@ class FlashPlan:
                 "attention backend 'flash' needs the flash-attn package (pip install flash-attn) "
                 "and a CUDA GPU; use --attention_backend sdpa or flex instead"
             ) from error
-        self.calls: list[tuple[int, int, int, bool]] = []  # sample start, split start, split end, causal
+        # sample start, split start, split end, causal
+        self.calls: list[tuple[int, int, int, bool]] = []
         start = 0
         for splits in samples:
             here = start
             for split in splits:
                 if split.mode == "noise":
-                    raise ValueError("backend 'flash' cannot hide noise splits: use 'sdpa' or 'flex'")
+                    raise ValueError(
+                        "backend 'flash' cannot hide noise splits: use 'sdpa' or 'flex'"
+                    )
                 self.calls.append((start, here, here + split.length, split.mode == "causal"))
                 here += split.length
             start = here

@@ -106,15 +106,3 @@ class Bagel(nn.Module):
 def text_logits(hidden: Tensor, lm_head: nn.Linear) -> Tensor:
     """A `head`: (R, D) -> (R, V) logits."""
     return lm_head(hidden)
-
-
-def initialise_(model: Bagel, generator: torch.Generator, std: float = 0.02) -> None:
-    """Random weights in place: normal(0, std) matrices, zero biases, unit norms, a zero velocity head."""
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, std, generator=generator)
-            else:
-                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    if hasattr(model, "llm2vae"):
-        nn.init.zeros_(model.llm2vae.weight)

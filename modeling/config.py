@@ -39,7 +39,7 @@ class LLMConfig:
             )
         if self.tie_word_embeddings:
             raise ConfigError(
-                "tie_word_embeddings=true is not supported: released checkpoints keep a separate lm_head"
+                "tie_word_embeddings=true is not supported: released folders have an lm_head"
             )
 
     @property
@@ -91,7 +91,7 @@ class BagelConfig:
 
     @property
     def vit_layers_used(self) -> int:
-        """Encoder layers that run: the output is taken at `vit_select_layer`, later layers are dropped."""
+        """Encoder layers that run: the output is taken at `vit_select_layer`."""
         return self.vit.num_hidden_layers + 1 + self.vit_select_layer
 
     @classmethod

@@ -1,8 +1,9 @@
-"""Batched text generation over a ragged KV cache: prefill, decode loop, sampling, stops, image-skip rounds.
+"""Batched text generation over a ragged KV cache: prefill, decode loop, sampling, stops, image-skip
+rounds.
 
 A round is what the model writes between a fed `<|im_start|>` and the `<|im_end|>` it samples. A
-text-only model may still ask for a picture: its round then ends in `<image_start>`. Such a row gets no
-picture; `<|im_end|>` and `<|im_start|>` are fed and it writes on in a new round (an image skip).
+text-only model may still ask for a picture: its round then ends in `<image_start>`. Such a row gets
+no picture; `<|im_end|>` and `<|im_start|>` are fed and it writes on in a new round (an image skip).
 
 Legend: B rows, V vocab, n sampled tokens of a row.
 """
@@ -92,7 +93,9 @@ def generate(
         raise ValueError("sampling needs a seed per row; pass seeds=[...] or temperature=0")
     if not contexts:
         return []
-    limits = [min(params.max_new_tokens, b) for b in budgets or [params.max_new_tokens] * len(contexts)]
+    limits = [
+        min(params.max_new_tokens, b) for b in budgets or [params.max_new_tokens] * len(contexts)
+    ]
     if min(limits) < 1:
         raise ValueError(f"budgets must be at least 1, got {min(limits)}")
     state = _Decoder(model, contexts, tokenizer, params, seeds, limits)
@@ -118,7 +121,8 @@ class _Decoder:
         device, B = weight.device, len(contexts)
         # a look costs a device synchronisation on an accelerator and nothing on the CPU
         self.look_every = 1 if device.type == "cpu" else 16
-        self.most = max(limits) + params.max_image_skips + 1  # sampled tokens, closing ones included
+        # sampled tokens of a row, closing ones included
+        self.most = max(limits) + params.max_image_skips + 1
         self.cache = self._prefill(contexts, weight.dtype, device)
         self.special = tokenizer.special
         self.limits = torch.tensor(limits, device=device)
@@ -150,7 +154,9 @@ class _Decoder:
     def _uniforms(self, device: torch.device) -> Tensor:
         """(B, most) numbers in [0, 1), row r from the stream of seeds[r] alone."""
         rows = [
-            torch.rand(self.most, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            torch.rand(
+                self.most, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
             for seed in self.seeds
         ]
         return torch.stack(rows).to(device)
@@ -189,7 +195,9 @@ class _Decoder:
         buffer.scatter_(1, slot, torch.where(self.active, values, old)[:, None])
 
     def _pick(self, logits: Tensor) -> Tensor:
-        """(B, V) -> (B,): argmax, or the inverse of the cumulative distribution at the row's number."""
+        """(B, V) -> (B,): argmax, or the inverse of the cumulative distribution at the row's
+        number.
+        """
         if self.uniforms is None:
             return logits.argmax(dim=-1)
         probs = torch.softmax(logits.float() / self.params.temperature, dim=-1)

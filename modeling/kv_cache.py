@@ -62,9 +62,7 @@ class KVCache:
         values[plan.rows, :, plan.slots] = v.to(values.dtype)
         return keys[:, :, : plan.extent], values[:, :, : plan.extent]
 
-    def advance(
-        self, new_tokens: Tensor, next_positions: Tensor, longest: int
-    ) -> None:
+    def advance(self, new_tokens: Tensor, next_positions: Tensor, longest: int) -> None:
         """Count the appended tokens.
 
         Args:

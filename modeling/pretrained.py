@@ -1,8 +1,9 @@
 """load_pretrained / save_pretrained: json configurations and (sharded) safetensors, strict keys.
 
-A checkpoint folder in the released layout holds `llm_config.json`, `vit_config.json`, tokenizer files and
-`model.safetensors` and / or `ema.safetensors`, each possibly in shards with an index. Folders written by
-this project also hold `run.json`; they open as the student, released ones as the EMA weights if present.
+A checkpoint folder in the released layout holds `llm_config.json`, `vit_config.json`, tokenizer
+files and `model.safetensors` and / or `ema.safetensors`, each possibly in shards with an index.
+Folders written by this project also hold `run.json`; they open as the student, released ones as the
+EMA weights if present.
 """
 
 import json
@@ -75,7 +76,9 @@ def find_weights(path: str | Path, weights: Weights = "auto") -> WeightFiles:
     order = {"student": ["model"], "ema": ["ema"], "auto": ["ema", "model"]}
     if weights not in order:
         raise CheckpointError(f"weights={weights!r} is unknown: choose auto, student or ema")
-    names = ["model", "ema"] if weights == "auto" and (folder / "run.json").exists() else order[weights]
+    names = (
+        ["model", "ema"] if weights == "auto" and (folder / "run.json").exists() else order[weights]
+    )
     for name in names:
         single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
         if single.is_file():
@@ -161,7 +164,11 @@ def _check_keys(name: str, wanted: set[str], found: set[str]) -> None:
 
 
 def _assign(
-    model: Bagel, files: WeightFiles, keys: list[str], dtype: torch.dtype, device: torch.device | str
+    model: Bagel,
+    files: WeightFiles,
+    keys: list[str],
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> None:
     """Move tensors from disk into the meta-device model, one at a time."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}

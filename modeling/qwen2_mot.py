@@ -1,4 +1,5 @@
-"""Mixture-of-Transformers decoder (Qwen2.5 shape): every block has an understanding and a generation expert.
+"""Mixture-of-Transformers decoder (Qwen2.5 shape): every block has an understanding and a
+generation expert.
 
 Text and image-understanding tokens run through the understanding weights, VAE latent tokens through
 the `*_moe_gen` weights; attention is joint. Attribute names are the released state-dict keys. One
@@ -27,7 +28,9 @@ class Route:
     und_index: Tensor  # (T_und,)
     gen_index: Tensor  # (T_gen,)
 
-    def apply(self, und: Callable[[Tensor], Tensor], gen: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def apply(
+        self, und: Callable[[Tensor], Tensor], gen: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
         """und(x[und_index]) and gen(x[gen_index]) put back in packed order."""
         out_und, out_gen = und(x[self.und_index]), gen(x[self.gen_index])
         out = out_und.new_empty(len(x), *out_und.shape[1:])

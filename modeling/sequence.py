@@ -35,7 +35,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """One image for the understanding encoder: `patches` is (height * width, P) float32, raster order."""
+    """One image for the understanding encoder: `patches` is (height * width, P) float32, raster
+    order.
+    """
 
     patches: Tensor
     height: int  # in patches

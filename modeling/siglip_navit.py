@@ -1,7 +1,7 @@
 """SigLIP NaViT: an image encoder over packed patches of pictures of any size.
 
-A flat patch goes through one Linear (the patch convolution of SigLIP), gets a learned position from a
-table of patches_per_side^2 rows, then pre-norm blocks with full attention inside each picture.
+A flat patch goes through one Linear (the patch convolution of SigLIP), gets a learned position from
+a table of patches_per_side^2 rows, then pre-norm blocks with full attention inside each picture.
 Attribute names are the released state-dict keys.
 
 Legend: N packed patches, P patch_dim, D hidden, H heads, E head_dim.

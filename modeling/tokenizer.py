@@ -1,7 +1,7 @@
 """Tokenizer of a checkpoint folder and its named special-token ids.
 
-`<think>`, `<answer>` and `<image_start>` are ordinary text of several tokens: they are looked for in
-decoded strings, never by id.
+`<think>`, `<answer>` and `<image_start>` are ordinary text of several tokens: they are looked for
+in decoded strings, never by id.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from data.contexts import student_context
+from data.contexts import teacher_context
 from data.streams import stream_seed
 from modeling.bagel import text_logits
 from modeling.generation import Rollout, Round
@@ -98,11 +98,11 @@ def test_student_and_teacher_rows_align(model, processor, rows):
     teacher = pack([t.teacher for t in trajectories], special)
     assert torch.equal(student.labels, teacher.labels)
     assert torch.equal(student.loss_sample, teacher.loss_sample)
-    tokens_in = [
+    inputs = [
         batch.token_ids[torch.isin(batch.token_index, batch.loss_rows)]
         for batch in (student, teacher)
     ]
-    assert torch.equal(*tokens_in)
+    assert torch.equal(*inputs)
     assert len(teacher) > len(student)
 
 
@@ -117,15 +117,12 @@ def test_completions_do_not_depend_on_the_batch(model, processor, rows):
     for half in (prompts[8:], prompts[:8]):  # as two ranks would
         halves |= ids(sample(model, half, processor, SAMPLING.params, 3, 5))
     assert halves == together
-    # another row's larger budget lengthens the random table, not this row's numbers
-    wide = [dataclasses.replace(p, budget=12 if i else 40) for i, p in enumerate(prompts)]
-    longer = ids(
-        sample(
-            model, wide, processor, dataclasses.replace(SAMPLING.params, max_new_tokens=40), 3, 5
-        )
-    )
-    assert {row: longer[row] for row in range(1, 16) if row in longer} == {
-        row: together[row] for row in range(1, 16) if row in together
+    # another row's larger budget lengthens the random table, not the numbers of this row
+    wide = [dataclasses.replace(p, budget=40) if p.row == 0 else p for p in prompts]
+    params = dataclasses.replace(SAMPLING.params, max_new_tokens=40)
+    longer = ids(sample(model, wide, processor, params, 3, 5))
+    assert {row: longer[row] for row in together if row} == {
+        row: together[row] for row in together if row
     }
 
 
@@ -176,32 +173,36 @@ def test_only_empty_rows_are_sampled_again_and_not_for_ever(monkeypatch, process
 
 @pytest.mark.parametrize("skips", [0, 1, 2])
 def test_budget_fills_the_cap_exactly(processor, rows, skips):
-    for cap in (80, 85, 90, 120):
-        sampling = SamplingArguments(
-            sample_max_new_tokens=24, sample_max_image_skips=skips, max_forward_tokens=cap, min_completion=8
-        )  # fmt: skip
+    longest = max(context_length(p.teacher) for p in prompts_of(rows, processor))
+    for spare in (8, 9, 15, 40):
+        cap = longest + 2 * (1 + skips) + spare
+        sampling = SamplingArguments(24, 1.0, skips, cap, 8)
         for prompt in prompts_of(rows, processor, sampling):
             fixed = context_length(prompt.teacher) + 2 * (1 + skips)
-            assert prompt.budget == min(24, cap - fixed)
-            assert prompt.budget >= 8
-            # the longest teacher sequence: all budget used, spread over all rounds
-            rounds = [Round((9,), "eos", ())] * skips + [
-                Round((9,) * (prompt.budget - skips), "budget", ())
-            ]
-            longest = Trajectory(prompt, Rollout(tuple(rounds))).teacher
-            tokens = len(pack([longest], processor.tokenizer.special))
+            assert prompt.budget == min(24, cap - fixed) >= 8
+            # the longest teacher sequence: the whole budget, spread over all rounds
+            rounds = [Round((9,), "eos", ())] * skips
+            rounds.append(Round((9,) * (prompt.budget - skips), "budget", ()))
+            sequence = Trajectory(prompt, Rollout(tuple(rounds))).teacher
+            tokens = len(pack([sequence], processor.tokenizer.special))
             assert tokens <= cap
             if prompt.budget < 24:
                 assert tokens == cap
 
 
 def test_sampling_stays_below_the_cap(model, processor, rows):
-    sampling = dataclasses.replace(SAMPLING, max_forward_tokens=75)
+    longest = max(context_length(p.teacher) for p in prompts_of(rows, processor))
+    cap = longest + 4 + 6
+    sampling = dataclasses.replace(SAMPLING, max_forward_tokens=cap)
     prompts = prompts_of(rows, processor, sampling)
-    assert any(p.budget < 12 for p in prompts)
-    for trajectory in sample(model, prompts, processor, sampling.params, 0, 5):
-        assert len(trajectory.rollout.token_ids) <= trajectory.prompt.budget
-        assert sum(segment_length(s) for s in trajectory.teacher) <= 75
+    assert {p.image_scale for p in prompts} == {1.0}
+    trajectories = sample(model, prompts, processor, sampling.params, 0, 5)
+    assert any(t.ends_open for t in trajectories)
+    for trajectory in trajectories:
+        written = len(trajectory.rollout.token_ids)
+        assert written <= trajectory.prompt.budget <= 12
+        assert trajectory.ends_open == (written == trajectory.prompt.budget)
+        assert sum(segment_length(s) for s in trajectory.teacher) <= cap
 
 
 def test_visual_thoughts_shrink_only_as_far_as_needed(processor, rows):
@@ -224,17 +225,18 @@ def test_visual_thoughts_shrink_only_as_far_as_needed(processor, rows):
 
 
 def test_a_row_that_cannot_fit_is_left_out(processor, rows):
-    least = {}
-    for row, drawn in rows:  # what remains when the visual thought is one patch
-        least[row] = context_length(student_context(drawn.example, processor)) + len("hint") * 0
-    cap = sorted(least.values())[len(rows) // 2] + 3 + 3 + 4 + 4 + SAMPLING.min_completion
-    sampling = dataclasses.replace(SAMPLING, max_forward_tokens=cap)
-    kept = {p.row for p in prompts_of(rows, processor, sampling)}
-    assert 0 < len(kept) < len(rows)
-    assert kept == {
-        row for row, length in least.items() if length <= sorted(least.values())[len(rows) // 2]
+    one_patch = 1 + 2  # with its framing tokens: visual thoughts do not get smaller
+    least = {
+        row: context_length(teacher_context(drawn.example, processor, vt="none")) + one_patch
+        for row, drawn in rows
     }
-    assert prompts_of(rows, processor, dataclasses.replace(SAMPLING, max_forward_tokens=30)) == []
+    cap = min(least.values()) + 4 + SAMPLING.min_completion
+    kept = prompts_of(rows, processor, dataclasses.replace(SAMPLING, max_forward_tokens=cap))
+    assert {p.row for p in kept} == {row for row, n in least.items() if n == min(least.values())}
+    assert 0 < len(kept) < len(rows)
+    assert {p.budget for p in kept} == {SAMPLING.min_completion}
+    tight = dataclasses.replace(SAMPLING, max_forward_tokens=cap - 1)
+    assert prompts_of(rows, processor, tight) == []
 
 
 # ---- noise control --------------------------------------------------------------------------

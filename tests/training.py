@@ -59,8 +59,8 @@ def write_checkpoint(path: Path, seed: int) -> None:
     model.connector.fc2.bias[0] = 3.0
     head = model.language_model.lm_head.weight
     head[:, 0] = 0.0
-    head[processor.tokenizer.special.eos, 0] = 1.8
-    head[processor.tokenizer.encode("<image_start>")[0], 0] = 2.2
+    head[processor.tokenizer.special.eos, 0] = 2.0
+    head[processor.tokenizer.encode("<image_start>")[0], 0] = 2.3
     save_pretrained(model.state_dict(), model.config, path, dtype=torch.float32)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: self-contained folders in the released layout, published atomically.
 
-A folder named N holds the weights after N optimizer updates. It opens as the student; its EMA teacher,
-if the run has one, is `ema.safetensors`. `latest` links to the newest folder.
+A folder named N holds the weights after N optimizer updates. It opens as the student; its EMA
+teacher, if the run has one, is `ema.safetensors`. `latest` links to the newest folder.
 """
 
 import dataclasses

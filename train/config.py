@@ -1,7 +1,9 @@
-"""Command line of the trainers: flat flags over frozen dataclasses, presets, defaults = the paper's run.
+"""Command line of the trainers: flat flags over frozen dataclasses, presets, defaults = the paper's
+run.
 
-A flag is a field name (`--jsd_beta 0.5`); booleans take a value (`--noise_vt True`). `--preset FILE`
-changes defaults (section of the entry point in a yaml file), flags given on the command line win.
+A flag is a field name (`--jsd_beta 0.5`); booleans take a value (`--noise_vt True`). `--preset
+FILE` changes defaults (section of the entry point in a yaml file), flags given on the command line
+win.
 """
 
 import dataclasses

@@ -108,8 +108,8 @@ def wrap(model: Bagel, world: World) -> nn.Module:
     )
     policy = partial(
         lambda_auto_wrap_policy,
-        # Bagel itself is a unit below the root, so that the root owns no parameters: a root keeps its
-        # own gathered after a forward without backward, and a teacher would serve stale ones
+        # Bagel itself is a unit below the root, so that the root owns no parameters: a root keeps
+        # its own gathered after a forward without backward, and a teacher would serve stale ones
         lambda_fn=lambda m: isinstance(m, (Bagel, MoTDecoderLayer, SiglipLayer)),
     )
     return FSDP(
@@ -124,7 +124,9 @@ def wrap(model: Bagel, world: World) -> nn.Module:
 
 
 class _Root(nn.Module):
-    """Holds the model one level below the sharding root; sets the compute dtype where nothing shards."""
+    """Holds the model one level below the sharding root; sets the compute dtype where nothing
+    shards.
+    """
 
     def __init__(self, module: Bagel, world: World) -> None:
         super().__init__()

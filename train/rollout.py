@@ -1,4 +1,5 @@
-"""On-policy completions of the current student, and the cap on forward tokens that acts before sampling.
+"""On-policy completions of the current student, and the cap on forward tokens that acts before
+sampling.
 
 Legend: a row is one record of the optimizer step, numbered over all ranks.
 """

@@ -1,4 +1,6 @@
-"""What the training entry points share: opening the model, optimizer, loader, errors without traceback."""
+"""What the training entry points share: opening the model, optimizer, loader, errors without
+traceback.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -54,14 +56,20 @@ def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
 
 
 def open_processor(config: SftConfig, mixture: Mixture) -> Processor:
-    """Tokenizer, prompts and image limits of the starting checkpoint; the mixture may set the limits."""
+    """Tokenizer, prompts and image limits of the starting checkpoint; the mixture may set the
+    limits.
+    """
     processor = Processor.from_pretrained(config.model.model_path)
     limits = mixture.config.vit_image_transform_args
-    return processor if limits is None else Processor(processor.tokenizer, limits, processor.prompts)
+    return (
+        processor if limits is None else Processor(processor.tokenizer, limits, processor.prompts)
+    )
 
 
 def open_mixture(config: SftConfig) -> Mixture:
-    return load_mixture(config.data.dataset_config_file, config.data.data_root, config.data.data_seed)
+    return load_mixture(
+        config.data.dataset_config_file, config.data.data_root, config.data.data_seed
+    )
 
 
 def open_loader(config: SftConfig, mixture: Mixture, world: World) -> DataLoader:

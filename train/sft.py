@@ -75,7 +75,9 @@ def train(config: SftConfig, world: World) -> Path:
 
 
 def sequence(row: int, drawn: Drawn, processor: Processor, step: int, seed: int) -> list[Segment]:
-    """The training sequence of one row; noise, where its context asks for it, is keyed by (step, row)."""
+    """The training sequence of one row; noise, where its context asks for it, is keyed by (step,
+    row).
+    """
     noisy = drawn.context == "teacher_noise"
     noise_seed = stream_seed(seed, "noise", step, row) if noisy else None
     return sft_sequence(drawn.example, processor, drawn.context, noise_seed)

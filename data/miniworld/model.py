@@ -1,9 +1,9 @@
 """The miniature model before training: its shape, its initial weights, its checkpoint folder.
 
-Over a 4x4 grid of patches the fixed 2-D sin-cos table of the full-size model hardly varies, and tiny
-embeddings of the usual 0.02 keep attention flat for thousands of steps. Position therefore reaches the
-decoder through the image encoder's learned table, initialised as row + column vectors, and text and
-image tokens start at comparable scales.
+Over a 4x4 grid of patches the fixed 2-D sin-cos table of the full-size model hardly varies, and
+tiny embeddings of the usual 0.02 keep attention flat for thousands of steps. Position therefore
+reaches the decoder through the image encoder's learned table, initialised as row + column vectors,
+and text and image tokens start at comparable scales.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from modeling.config import BagelConfig, LLMConfig, ViTConfig
 from modeling.pretrained import save_pretrained
 from modeling.tokenizer import load_tokenizer
 
-TRANSFORM = ImageTransform(max_image_size=56, min_image_size=56, image_stride=14, max_pixels=56 * 56)
+TRANSFORM = ImageTransform(
+    max_image_size=56, min_image_size=56, image_stride=14, max_pixels=56 * 56
+)
 EMBEDDING_STD = 0.3  # token embeddings and position table
 CONNECTOR_GAIN = 3.0
 
@@ -83,7 +85,9 @@ def write_untrained(path: str | Path, seed: int) -> None:
 
 @torch.no_grad()
 def copy_understanding_expert(model: Bagel) -> None:
-    """Start the generation expert as a copy of the understanding expert, as released training does."""
+    """Start the generation expert as a copy of the understanding expert, as released training
+    does.
+    """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if "_moe_gen" in name:
