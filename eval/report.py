@@ -99,16 +99,16 @@ def markdown(summary: dict[str, Any]) -> str:
         *lines,
         "",
         f"Accuracy in %, greedy decoding, {min(n.values())} test items per task; K_gen in nats per "
-        f"token on data set texts of the test split ({tasks[OVERALL]['gap_dataset']['n']} samples). "
+        f"token on {tasks[OVERALL]['gap_dataset']['n']} data set texts of the test split. "
         "Overall is the mean over tasks.",
         "",
         f"OPSD is {gains['above_base']:+.1f} points above the untrained base and "
-        f"{gains['above_noise']:+.1f} above the noise control. On the base's own samples the gap "
-        f"closed is {100 * own['opsd']['value']:.0f} % (OPSD) and {100 * own['noise']['value']:.0f} "
-        "% (noise). The noise control is expected to end near the base's accuracy with a noise VT. "
+        f"{gains['above_noise']:+.1f} above the noise control. On the base's own samples OPSD closed "
+        f"{100 * own['opsd']['value']:.0f} % of the gap, noise {100 * own['noise']['value']:.0f} %. "
+        "The noise control is expected to end near the base's accuracy with a noise VT. "
         "One seed; the spread over seeds is not in this table.",
         "",
-        f"Seed {summary['seed']}, commit {summary['commit']}. Files and the commands that wrote them:",
+        f"Seed {summary['seed']}, commit {summary['commit']}. Files and what wrote them:",
         "",
         *(f"- `{file}`: `{origin['command']}`" for file, origin in summary["files"].items()),
     ]

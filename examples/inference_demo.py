@@ -38,7 +38,7 @@ def read_image(path: str) -> PIL.Image.Image:
         return decode_image(file.read_bytes())
     except DECODE_ERRORS as error:
         raise UsageError(
-            f"--image {path} is not a readable image ({error}); convert it to PNG or JPEG"
+            f"--image {path} is damaged or not an image; give a PNG or JPEG file"
         ) from error
 
 
@@ -54,6 +54,11 @@ def demo(args: argparse.Namespace) -> None:
     positive(max_new_tokens=args.max_new_tokens)
     if args.temperature <= 0:
         raise UsageError(f"--temperature {args.temperature}: leave out --do_sample for greedy")
+    if not Path(args.model_path).is_dir():
+        raise UsageError(
+            f"--model_path {args.model_path}: no such folder; INSTALL.md says how to download a "
+            "checkpoint, models/mini-base comes with the code"
+        )
     device = pick_device(args.device)
     item = None if args.example is None else draw_example(args.example, args.seed)
     if item is None:

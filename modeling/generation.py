@@ -168,7 +168,7 @@ class _Decoder:
         return not all(self.finished)
 
     def step(self) -> None:
-        """Feed one token per row, sample the next one. Rows that wait neither advance nor record."""
+        """Feed one token per row, sample the next. Rows that wait neither advance nor record."""
         logits = self._feed(self.inputs, self.active)
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         token = self._pick(logits)

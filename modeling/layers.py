@@ -146,7 +146,7 @@ def patch_position_ids(height: int, width: int, side: int, interpolate: bool = F
     else:
         if max(height, width) > side:
             raise ValueError(
-                f"an image of {height}x{width} patches does not fit the {side}x{side} position table: "
+                f"{height}x{width} patches do not fit the {side}x{side} position table: "
                 "lower max_image_size"
             )
         rows, columns = torch.arange(height), torch.arange(width)

@@ -159,7 +159,7 @@ def _check_keys(name: str, wanted: set[str], found: set[str]) -> None:
     if problems:
         raise CheckpointError(
             f"{name} does not fit the model of its llm_config.json / vit_config.json: "
-            f"{'; '.join(problems)}. If the generation expert is what is missing, load with experts='und'"
+            f"{'; '.join(problems)}. If only the generation expert is missing, use experts='und'"
         )
 
 

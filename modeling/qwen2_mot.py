@@ -23,7 +23,7 @@ from modeling.layers import RMSNorm, SwiGLU, apply_rope, rope_cos_sin
 
 @dataclass(frozen=True)
 class Route:
-    """Which packed tokens go through which expert. `None` in place of a Route = all understanding."""
+    """Which packed tokens go through which expert; None for a Route = all understanding."""
 
     und_index: Tensor  # (T_und,)
     gen_index: Tensor  # (T_gen,)

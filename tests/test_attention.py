@@ -100,9 +100,7 @@ def test_sdpa_without_a_mask_for_equal_images(samples):
     plan = SDPAPlan(samples, "cpu")
     assert plan.mask is None
     q, k, v = heads(samples, 2, 2)
-    torch.testing.assert_close(
-        plan(q, k, v).double(), oracle(q, k, v, samples), atol=2e-6, rtol=0
-    )
+    torch.testing.assert_close(plan(q, k, v).double(), oracle(q, k, v, samples), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -128,7 +126,7 @@ def cached_rows(cached, samples):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cached_attention_is_bottom_right_aligned(seed):
-    """Ragged rows; every new query sees all cached keys of its row and its splits' share of new ones."""
+    """A new query sees all cached keys of its row, then what its splits show of the new ones."""
     rng = random.Random(seed)
     samples = random_samples(seed, modes=("causal", "full"), count=3)
     if seed == 0:

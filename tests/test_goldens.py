@@ -1,4 +1,4 @@
-"""Stored reference numbers of a miniature configuration hold, and the command that checks them works."""
+"""Stored reference numbers of a miniature model hold, and the command that checks them works."""
 
 import json
 import shutil
@@ -29,7 +29,14 @@ def test_golden(entry):
 @pytest.fixture
 def folder(tmp_path):
     """A small folder whose numbers a test may spoil."""
-    for pattern in ("d_masks.*", "i_patchify*", "o_optim.json", "a_vit.*", "config.json", "model.*"):
+    for pattern in (
+        "d_masks.*",
+        "i_patchify*",
+        "o_optim.json",
+        "a_vit.*",
+        "config.json",
+        "model.*",
+    ):
         for file in GOLDENS.glob(pattern):
             shutil.copy(file, tmp_path)
     return tmp_path

@@ -1,4 +1,4 @@
-"""On-policy sampling: exact scores, the cap that acts before it, streams keyed by (seed, step, row)."""
+"""On-policy sampling: exact scores, the cap that acts before it, streams by (seed, step, row)."""
 
 import dataclasses
 
@@ -11,10 +11,10 @@ from modeling.bagel import text_logits
 from modeling.generation import Rollout, Round
 from modeling.pretrained import load_pretrained
 from modeling.sequence import Image, Text, pack, segment_length
+from tests.training import base_processor, draws, opsd_config, same_segments, workspace
 from train import rollout
 from train.config import SamplingArguments
 from train.rollout import MAX_RESAMPLES, Trajectory, context_length, prepare, sample
-from tests.training import base_processor, draws, opsd_config, same_segments, workspace
 
 SAMPLING = SamplingArguments(sample_max_new_tokens=12, min_completion=4, max_forward_tokens=256)
 

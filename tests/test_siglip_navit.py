@@ -66,9 +66,7 @@ def test_agrees_with_transformers_siglip():
         expected = theirs(pixel_values=pixels[None]).last_hidden_state[0]
     plan = packed_plan([(Split(SIDE**2, "full"),)], "cpu")
     ids = patch_position_ids(SIDE, SIDE, SIDE)
-    torch.testing.assert_close(
-        ours(flat_patches(pixels), ids, plan), expected, atol=2e-5, rtol=0
-    )
+    torch.testing.assert_close(ours(flat_patches(pixels), ids, plan), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])

@@ -1,4 +1,4 @@
-"""What the trainer tests share: a checkpoint of 40 k parameters, a few records, short runs in process."""
+"""What the trainer tests share: a tiny checkpoint, a few records, short runs in this process."""
 
 import atexit
 import functools
@@ -21,7 +21,7 @@ from data.processor import Processor
 from data.prompts import MINI
 from modeling.bagel import Bagel
 from modeling.config import BagelConfig, LLMConfig, ViTConfig
-from modeling.pretrained import save_pretrained
+from modeling.pretrained import RECOMPUTED, save_pretrained
 from modeling.tokenizer import load_tokenizer
 from train import opsd, sft
 from train.config import OpsdConfig, SftConfig, parse_opsd, parse_sft
@@ -129,9 +129,13 @@ def metric_lines(folder: Path) -> list[dict[str, float]]:
 
 
 def weights_of(folder: Path, step: int | None = None, name: str = "model") -> dict[str, Tensor]:
-    """Weights on disk: of the starting checkpoint, or of a run below `folder` after `step` updates."""
+    """Weights on disk: of a checkpoint folder, or of a run below `folder` after `step` updates.
+
+    Without the constant position table, which exports leave out.
+    """
     where = folder if step is None else folder / "checkpoints" / f"{step:07d}"
-    return load_file(where / f"{name}.safetensors")
+    state = load_file(where / f"{name}.safetensors")
+    return {key: value for key, value in state.items() if key not in RECOMPUTED}
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

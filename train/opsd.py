@@ -25,6 +25,7 @@ from train.rollout import Trajectory, placeholder, prepare, sample
 from train.session import (
     base_weights,
     exit_on_user_error,
+    observe_draws,
     open_loader,
     open_metrics,
     open_mixture,
@@ -87,6 +88,7 @@ def train(config: OpsdConfig, world: World) -> Path:
             optimizer.step()
             teacher.update(student)
 
+            observe_draws(metrics, rows)
             observe_rollouts(metrics, trajectories, len(rows))
             metrics.observe(loss=total, grad_norm=float(norm))
             done = step + 1

@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from data.example import DataError
-from data.mixture import Mixture, load_mixture, loader
+from data.mixture import Drawn, Mixture, load_mixture, loader
 from data.processor import Processor
 from modeling.bagel import Bagel
 from modeling.config import ConfigError
@@ -38,8 +38,16 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _message(error: Exception) -> str:
+    """The text of an error; one of a data loading process comes wrapped in its traceback."""
+    text = str(error)
+    if text.startswith("Caught ") and " in DataLoader worker" in text:
+        return text.rstrip().splitlines()[-1].partition(": ")[2]
+    return text
 
 
 def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
@@ -102,6 +110,12 @@ def open_metrics(config: SftConfig, world: World) -> MetricLogger:
         tensorboard_dir=run.tensorboard_dir,
         wandb_project=run.wandb_project,
     )
+
+
+def observe_draws(metrics: MetricLogger, rows: list[tuple[int, Drawn]]) -> None:
+    """Count the unusable records that were passed over in this rank's draws (a mean per row)."""
+    for _, drawn in rows:
+        metrics.observe(skipped_records=drawn.skipped)
 
 
 def base_weights(config: SftConfig) -> WeightFiles:

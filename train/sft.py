@@ -23,6 +23,7 @@ from train.parallel import World, distributed, wrap
 from train.session import (
     base_weights,
     exit_on_user_error,
+    observe_draws,
     open_loader,
     open_metrics,
     open_mixture,
@@ -66,6 +67,7 @@ def train(config: SftConfig, world: World) -> Path:
             set_lr(optimizer, lr)
             optimizer.step()
 
+            observe_draws(metrics, rows)
             metrics.observe(grad_norm=float(norm))
             done = step + 1
             metrics.log(done, lr=lr)

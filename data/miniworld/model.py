@@ -52,7 +52,7 @@ def mini_config(vocab_size: int) -> BagelConfig:
 
 @torch.no_grad()
 def initialise(model: Bagel, seed: int) -> None:
-    """Random weights in place: fan-in scaled matrices, factored position table, larger embeddings."""
+    """Random weights in place: fan-in scaled matrices, factored table, larger embeddings."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

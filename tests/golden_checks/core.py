@@ -1,7 +1,7 @@
 """What all golden checks share: the folder, comparisons, and the table of checks.
 
-A check yields one `Result` per compared quantity. Differences are exact maxima in float64; tolerances
-are those stated for the reference numbers and are never widened to make a check pass.
+A check yields one `Result` per compared quantity. Differences are maxima taken in float64;
+tolerances are those stated for the reference numbers, never widened to make a check pass.
 """
 
 import dataclasses
@@ -47,12 +47,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """A quantity that could not be compared here, and why."""
+
+    name: str
+    reason: str
+    ok: bool = True
+
+
+@dataclass(frozen=True)
 class Check:
     """`run` needs all of `files` in one folder."""
 
     name: str
     files: tuple[str, ...]
-    run: Callable[["Golden"], Iterator[Result]]
+    run: Callable[["Golden"], Iterator["Result | Absent"]]
 
 
 CHECKS: list[Check] = []

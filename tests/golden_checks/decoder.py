@@ -23,7 +23,6 @@ from tests.golden_checks.core import (
     close,
     exact,
     gradient_results,
-    max_abs,
 )
 
 MODEL = ("model.safetensors", "config.json")
@@ -70,10 +69,10 @@ def _train(golden: Golden, name: str) -> Iterator[Result]:
 def read_segments(
     golden: Golden, stored: dict[str, Tensor], sample_lens: list[int], prefix: str = "in."
 ) -> list[list[Segment]]:
-    """The segments behind stored packs: ids between markers, patches, grids from their position ids.
+    """The segments behind stored packs: ids between markers, patches, grids from position ids.
 
-    Which blocks carry a loss is read from the loss rows; labels, weights, positions and masks are not
-    used, so that comparing them afterwards means something.
+    Which blocks carry a loss is read from the loss rows; labels of text, weights, rotary positions
+    and masks are not used, so that comparing them afterwards means something.
     """
     tokens = golden.tokens
     side = golden.config["vit"]["image_size"] // golden.config["vit"]["patch_size"]

@@ -1,4 +1,4 @@
-"""j, k, o, p: divergences, distillation packs and gradients, schedule and EMA, on-policy sampling."""
+"""j, k, o, p: losses, distillation packs and gradients, schedule and EMA, on-policy sampling."""
 
 import dataclasses
 import re

@@ -21,6 +21,7 @@ from modeling.layers import (
 from modeling.sequence import Split
 from tests.golden_checks.core import (
     FEATURES,
+    Absent,
     Golden,
     Result,
     check,
@@ -148,11 +149,11 @@ def patches_and_ids(golden: Golden) -> Iterator[Result]:
 
 @check("n_embeddings", "n_embeddings.safetensors", "n_embeddings.json")
 @torch.no_grad()
-def fixed_embeddings(golden: Golden) -> Iterator[Result]:
+def fixed_embeddings(golden: Golden) -> Iterator[Result | Absent]:
     stored, facts = golden.tensors("n_embeddings"), golden.json("n_embeddings")
     times = stored["timesteps"]
-    # A time beyond 1 never occurs. There the angle t * f multiplies the rounding of f (whose last bit
-    # depends on the machine's exp) by t, so the difference is taken per unit of time.
+    # A time beyond 1 never occurs. There the angle t * f multiplies the rounding of f (whose last
+    # bit depends on the machine's exp) by t, so the difference is taken per unit of time.
     scale = times.clamp(min=1.0)[:, None]
     frequencies, expected = timestep_frequencies(times), stored["freq_embed_256"]
     inside = times <= 1
@@ -179,11 +180,12 @@ def fixed_embeddings(golden: Golden) -> Iterator[Result]:
             yield from _full_table(name, fact, stored)
     for key in [key for key in stored if key.endswith(".time_embedder_out")]:
         name = key.split(".")[0]
-        if (folder := _folder_of(golden, name)) is not None:
+        label, folder = f"n_embeddings.time_embedder_{name}", _folder_of(golden, name)
+        if folder is None:
+            yield Absent(label, f"no model.safetensors of {name} beside this folder")
+        else:
             embedder = folder.model(visual_gen=True).time_embedder
-            yield close(
-                f"n_embeddings.time_embedder_{name}", FEATURES, [(embedder(times), stored[key])]
-            )
+            yield close(label, FEATURES, [(embedder(times), stored[key])])
 
 
 def _rope_pairs(stored: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -216,9 +218,7 @@ def _full_table(name: str, fact: dict, stored: dict[str, Tensor]) -> Iterator[Re
         "abs_sum": wide.abs().sum(),
         "weighted": (wide.sum(0) * column).sum(),
     }
-    yield relative(
-        f"n_embeddings.{name}.sums", FEATURES, [(sums[key], fact[key]) for key in sums]
-    )
+    yield relative(f"n_embeddings.{name}.sums", FEATURES, [(sums[key], fact[key]) for key in sums])
     quarter = fact["dim"] // 4
     rows = table[fact["rows"]]
     corner = torch.cat([rows[:, i * quarter : i * quarter + 16] for i in range(4)], dim=1)

@@ -1,0 +1,295 @@
+"""Two gloo processes against one: sharded (FSDP HYBRID_SHARD) and replicated (DDP) runs."""
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from data.contexts import student_context
+from modeling.bagel import text_logits
+from modeling.pretrained import load_pretrained
+from modeling.sequence import Text, pack
+from tests.training import (
+    WORLD,
+    base_processor,
+    draws,
+    largest_difference,
+    metric_lines,
+    opsd_config,
+    run_sft,
+    sft_config,
+    weights_of,
+    workspace,
+)
+from train import opsd, sft
+from train.config import ModelArguments, UsageError
+from train.parallel import RolloutCopy, distributed, full_params, full_state, wrap
+from train.rollout import prepare, sample
+from train.teacher import EMATeacher
+
+MESHES = {"fsdp": 2, "ddp": 1}  # num_shard of two processes
+STEPS = 3
+PATIENCE = 240  # seconds; more than ten times what the processes need
+# AdamW steps that do not magnify rounding, a teacher that moves, one trajectory per forward
+FLAGS = {"total_steps": STEPS, "micro_batch": 1, "ema_decay": 0.5, "ce_weight": 0.1}
+LINEAR = {"eps": 0.1, "lr": 0.5, "min_lr": 0.0}
+
+
+def some_rows(rows, processor, sampling, step, *rest):
+    """`prepare` without the rows of the second rank in step 1, and without row 0 in step 2."""
+    rows = [(row, drawn) for row, drawn in rows if not (step == 1 and row >= 2)]
+    rows = [(row, drawn) for row, drawn in rows if not (step == 2 and row == 0)]
+    return prepare(rows, processor, sampling, step, *rest)
+
+
+def recorded_opsd(config, world) -> dict[str, list]:
+    """Run; what this process sampled, by step and row."""
+    rollouts = {}
+
+    def spy(model, prompts, processor, params, step, seed):
+        trajectories = sample(model, prompts, processor, params, step, seed)
+        for t in trajectories:
+            rollouts[f"{step}/{t.prompt.row}"] = [list(r.token_ids) for r in t.rollout.rounds]
+        return trajectories
+
+    with mock.patch.object(opsd, "prepare", some_rows), mock.patch.object(opsd, "sample", spy):
+        opsd.train(config, world)
+    return rollouts
+
+
+# ---- what each of the two processes does ------------------------------------------------------
+
+
+def work(rank: int, ports: list[int], space: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    paths = {"model_path": f"{space}/base", "data_root": f"{space}/datasets"}
+    for port, (name, num_shard) in zip(ports, MESHES.items(), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        where = Path(folder) / name
+        # 0 shards over the processes of the node
+        paths["num_shard"] = 0 if name == "fsdp" else num_shard
+        config = opsd_config(where / "opsd", **FLAGS, **LINEAR, **paths)
+        with distributed(config.model, config.run.num_shard, config.run.global_batch) as world:
+            assert (world.rank, world.size, world.num_shard) == (rank, 2, num_shard)
+            assert world.sum(rank + 1.5) == 4.0
+            rollouts = recorded_opsd(config, world)
+            (where / f"rollouts{rank}.json").write_text(json.dumps(rollouts))
+            sft.train(sft_config(where / "sft", total_steps=2, **LINEAR, **paths), world)
+            report = parts(config, world)
+            (where / f"parts{rank}.json").write_text(json.dumps(report))
+
+
+@torch.no_grad()
+def parts(config, world) -> dict:
+    """Differences of the wrapped modules from plain ones, after changes of the weights."""
+    base = config.model.model_path
+    processor = base_processor()
+    batch = pack(
+        [
+            [*student_context(drawn.example, processor), Text((5, 6, 7), loss=True)]
+            for _, drawn in draws(config)
+        ],
+        processor.tokenizer.special,
+    )
+
+    def plain(by: float):
+        model = load_pretrained(base)
+        for parameter in model.parameters():
+            parameter.add_(by)
+        return model
+
+    def distance(module, reference) -> float:
+        difference = module(batch, head=text_logits) - reference(batch, head=text_logits)
+        return float(difference.abs().max())
+
+    student, teacher = wrap(plain(0), world), EMATeacher(wrap(plain(0), world), 0.5)
+    actor = RolloutCopy(plain(0).config, world)
+    pointers = [p.data_ptr() for p in actor.model.parameters()]
+    local = sum(p.numel() for p in student.parameters())
+    report = {
+        "kind": [isinstance(student, FSDP), isinstance(student, DDP)],
+        "share": local / sum(p.numel() for p in plain(0).parameters()),
+        "start": [distance(student, plain(0)), distance(teacher.module, plain(0))],
+    }
+    for turn in (1, 2):
+        for parameter in student.parameters():
+            parameter.add_(0.02)
+        teacher.update(student)  # base + 0.01, then base + 0.025
+        report[f"student {turn}"] = distance(student, plain(0.02 * turn))
+        report[f"teacher {turn}"] = distance(teacher.module, plain((0.01, 0.025)[turn - 1]))
+        report[f"stale {turn}"] = distance(teacher.module, plain(0))
+        actor.refresh(student)
+        report[f"actor {turn}"] = distance(actor.model, plain(0.02 * turn))
+        copied = dict(actor.model.named_parameters())
+        gathered = {name: value.clone() for name, value in full_params(student)}
+        assert gathered.keys() == copied.keys()
+        assert all(torch.equal(value, copied[name]) for name, value in gathered.items())
+        assert [p.data_ptr() for p in actor.model.parameters()] == pointers
+    assert not any(p.requires_grad for p in actor.model.parameters())
+    state = full_state(student, world)
+    assert set(state) == (set(copied) if world.is_main else set())
+    assert all(torch.equal(value, copied[name]) for name, value in state.items())
+    half = wrap(plain(0), dataclasses.replace(world, compute_dtype=torch.bfloat16))
+    report["bfloat16"] = distance(half, plain(0))
+    return report
+
+
+# ---- comparison with one process --------------------------------------------------------------
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of the two-process runs by mesh, and of one process (`one`)."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for name in MESHES:
+        (folder / name).mkdir()
+    arguments = (free_ports(len(MESHES)), str(workspace()), str(folder))
+    processes = mp.spawn(work, arguments, nprocs=2, join=False)
+    deadline = time.monotonic() + PATIENCE
+    while not processes.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail(f"two processes were still waiting for each other after {PATIENCE} s")
+    rollouts = recorded_opsd(opsd_config(folder / "one" / "opsd", **FLAGS, **LINEAR), WORLD)
+    (folder / "one" / "rollouts0.json").write_text(json.dumps(rollouts))
+    run_sft(folder / "one" / "sft", total_steps=2, **LINEAR)
+    return folder
+
+
+def rollouts_of(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rollouts*.json"))]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mesh", MESHES)
+def test_rollouts_are_those_of_one_process(runs, mesh):
+    (one,) = rollouts_of(runs / "one")
+    first, second = rollouts_of(runs / mesh)
+    assert not first.keys() & second.keys()
+    assert first | second == one
+    # the cases that this has to cover: a rank without trajectories, ranks of unequal numbers
+    # and lengths
+    sides = (first, second)
+    per_step = [[sum(k.startswith(f"{s}/") for k in side) for side in sides] for s in range(STEPS)]
+    assert per_step[1][1] == 0 < per_step[1][0]
+    assert 0 < per_step[2][0] < per_step[2][1]
+    assert len({sum(map(len, rounds)) for rounds in one.values()}) > 2
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("trainer", ["opsd", "sft"])
+def test_metrics_are_those_of_one_process(runs, mesh, trainer):
+    one, two = metric_lines(runs / "one" / trainer), metric_lines(runs / mesh / trainer)
+    assert len(one) == len(two) == (STEPS if trainer == "opsd" else 2)
+    for expected, line in zip(one, two, strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("trainer", ["opsd", "sft"])
+def test_weights_are_those_of_one_process(runs, mesh, trainer):
+    step = STEPS if trainer == "opsd" else 2
+    for name in ("model", "ema") if trainer == "opsd" else ("model",):
+        one = weights_of(runs / "one" / trainer, step, name)
+        two = weights_of(runs / mesh / trainer, step, name)
+        assert largest_difference(one, two) <= 1e-5
+        assert largest_difference(one, weights_of(workspace() / "base")) > 1e-2
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_wrapped_modules_compute_with_their_current_weights(runs, mesh, rank):
+    report = json.loads((runs / mesh / f"parts{rank}.json").read_text())
+    assert report["kind"] == ([True, False] if mesh == "fsdp" else [False, True])
+    assert report["share"] == pytest.approx(0.5 if mesh == "fsdp" else 1.0, rel=0.02)
+    assert max(report["start"]) <= 1e-5
+    for turn in (1, 2):
+        for name in ("student", "teacher", "actor"):
+            assert report[f"{name} {turn}"] <= 2e-5, name
+        assert report[f"stale {turn}"] > 1e-2  # an EMA teacher that never changed would be here
+    assert 0 < report["bfloat16"] < 0.2
+
+
+# ---- one process --------------------------------------------------------------------------------
+
+
+def test_one_process_is_a_plain_module_and_its_copy_has_the_compute_dtype():
+    world = dataclasses.replace(WORLD, compute_dtype=torch.bfloat16)
+    student = wrap(load_pretrained(workspace() / "base"), world)
+    assert not isinstance(student, (FSDP, DDP))
+    actor = RolloutCopy(student.module.config, world)
+    pointers = {name: p.data_ptr() for name, p in actor.model.named_parameters()}
+    actor.refresh(student)
+    for name, parameter in student.module.named_parameters():
+        copy = actor.model.get_parameter(name)
+        assert parameter.dtype == torch.float32
+        assert torch.equal(copy, parameter.detach().bfloat16())
+        assert copy.data_ptr() == pointers[name]
+
+
+def test_refresh_misses_no_parameter():
+    student = wrap(load_pretrained(workspace() / "base"), WORLD)
+    actor = RolloutCopy(student.module.config, WORLD)
+    del student.module.connector.fc2
+    with pytest.raises(RuntimeError, match=r"missed 2 parameters: \['connector.fc2.bias'"):
+        actor.refresh(student)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_shard", "global_batch", "message"),
+    [
+        ("cpu", 3, 12, "--num_shard 3 does not divide the 4 processes"),
+        ("cpu", 2, 6, "--global_batch 6 is not a multiple of the 4 processes"),
+        ("cuda", 2, 8, "--device cuda, but torch sees no GPU"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(monkeypatch, device, num_shard, global_batch, message):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    arguments = ModelArguments(device=device)
+    with pytest.raises(UsageError, match=message), distributed(arguments, num_shard, global_batch):
+        pass
+
+
+def test_a_bfloat16_step_stays_close_and_keeps_float32_weights(tmp_path):
+    lines = {}
+    for dtype in ("float32", "bfloat16"):
+        config = opsd_config(
+            tmp_path / dtype, total_steps=1, compute_dtype=dtype, sample_temperature=0
+        )
+        with distributed(config.model, 0, config.run.global_batch) as world:
+            opsd.train(config, world)
+        (lines[dtype],) = metric_lines(tmp_path / dtype)
+    exact, rounded = lines["float32"]["student_entropy"], lines["bfloat16"]["student_entropy"]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.1)
+    moved = weights_of(tmp_path / "bfloat16", 1)["language_model.lm_head.weight"]
+    assert not torch.equal(moved, moved.bfloat16().float())
