@@ -227,8 +227,8 @@ def save_pretrained(
 def _stored_bytes(path: Path, key: str) -> int:
     with _open(path) as file:
         tensor = file.get_slice(key)
-        width = 4 if tensor.get_dtype() == "F32" else 2
-        return width * int(torch.Size(tensor.get_shape()).numel())
+        bits = int("".join(c for c in tensor.get_dtype().split("_")[0] if c.isdigit()))
+        return bits // 8 * int(torch.Size(tensor.get_shape()).numel())
 
 
 def _write_shards(
@@ -248,6 +248,7 @@ def _write_shards(
         filled += sizes[key]
     if len(shards) == 1:
         _save(folder / f"{name}.safetensors", shards[0], readers)
+        _keep_only(folder, name, {f"{name}.safetensors"})
         return
     weight_map = {}
     for number, keys in enumerate(shards, start=1):
@@ -255,7 +256,16 @@ def _write_shards(
         _save(folder / file, keys, readers)
         weight_map.update(dict.fromkeys(keys, file))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    index_name = f"{name}.safetensors.index.json"
+    (folder / index_name).write_text(json.dumps(index, indent=2) + "\n")
+    _keep_only(folder, name, {index_name, *weight_map.values()})
+
+
+def _keep_only(folder: Path, name: str, written: set[str]) -> None:
+    """Remove an earlier set of the same name: left behind, it could be opened in place of this."""
+    for file in folder.glob(f"{name}*.safetensors*"):
+        if file.name not in written:
+            file.unlink()
 
 
 def _save(file: Path, keys: list[str], readers: Mapping[str, Callable[[], Tensor]]) -> None:

@@ -40,11 +40,7 @@ class Route:
 
 def routed(route: Route | None, und: nn.Module, gen: nn.Module | None, x: Tensor) -> Tensor:
     """Apply the experts by route; without a route nothing is gathered or scattered."""
-    if route is None:
-        return und(x)
-    if gen is None:
-        raise ValueError("latent tokens need the generation expert: load with experts='all'")
-    return route.apply(und, gen, x)
+    return und(x) if route is None else route.apply(und, gen, x)
 
 
 class Attention(nn.Module):
@@ -159,6 +155,8 @@ class Qwen2MoT(nn.Module):
 
         With `kv_cache` the tokens continue its rows and `plan` must come from `kv_cache.plan`.
         """
+        if route is not None and not hasattr(self, "norm_moe_gen"):
+            raise ValueError("latent tokens need the generation expert: load with experts='all'")
         cos, sin = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
         rope = (cos.to(x.dtype), sin.to(x.dtype))
         for index, layer in enumerate(self.layers):
