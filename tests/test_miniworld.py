@@ -75,7 +75,7 @@ def test_search_answer_is_on_the_asked_tile_and_the_thought_keeps_it_alone():
         (place,) = [name for name, colour in tiles.items() if colour == asked]
         problem, kept = cells(record.problem_image), cells(record.visual_thought)
         assert glyph(problem[place]) == record.answer
-        assert record.full_text_only_thought == f"at {place} is {record.answer}"
+        assert record.full_text_only_thought == f"{asked} {place} {record.answer}"
         assert coloured(record.visual_thought) == {place: asked}
         assert same(kept[place], problem[place])
 
@@ -93,7 +93,7 @@ def test_chart_answer_is_the_bar_height_and_the_thought_keeps_it_alone():
         bar = {name: colour for name, colour in tiles.items() if colour == asked}
         (column,) = {name[0] for name in bar}
         assert record.answer == str(len(bar))
-        assert record.full_text_only_thought == f"at {column} is {len(bar)}"
+        assert record.full_text_only_thought == f"{asked} {column} {len(bar)}"
         assert coloured(record.visual_thought) == bar
 
 
@@ -116,7 +116,7 @@ def test_jigsaw_answer_is_the_piece_of_the_holes_stripe_and_leaves_the_tray():
         assert fitting == [record.answer]
         # The wrong piece is no stranger: its colour is in the picture as well.
         assert set(tray.values()) <= set(picture.values())
-        assert record.full_text_only_thought == f"hole at {place} is {tray[record.answer]}"
+        assert record.full_text_only_thought == f"hole {place} {tray[record.answer]}"
         used, left = ("b4", "d4") if record.answer == "A" else ("d4", "b4")
         assert above_tray(after) == picture | {place: tray[record.answer]}
         assert used not in after

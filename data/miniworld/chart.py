@@ -12,7 +12,7 @@ from data.miniworld.record import GRID, MiniRecord, column_name
 TASK = "Chart_Refocus"
 QUESTION = "how tall is {colour}"
 PLAN = "find the {colour} bar"
-THOUGHT = "at {column} is {height}"
+THOUGHT = "{colour} {column} {height}"
 
 
 def draw(rng: random.Random) -> MiniRecord:
@@ -26,7 +26,7 @@ def draw(rng: random.Random) -> MiniRecord:
     colour, height = colours[column], heights[column]
     visual_thought = blank_board()
     visual_thought[:, column] = problem[:, column]
-    thought = THOUGHT.format(column=column_name(column), height=height)
+    thought = THOUGHT.format(colour=colour, column=column_name(column), height=height)
     return MiniRecord(
         task=TASK,
         question=QUESTION.format(colour=colour),
@@ -43,4 +43,7 @@ def sentences() -> list[str]:
     texts = [str(height) for height in range(1, GRID + 1)]
     for colour in COLOURS:
         texts += [QUESTION.format(colour=colour), PLAN.format(colour=colour)]
-    return texts + [THOUGHT.format(column=column_name(n), height=n + 1) for n in range(GRID)]
+        texts += [
+            THOUGHT.format(colour=colour, column=column_name(n), height=n + 1) for n in range(GRID)
+        ]
+    return texts

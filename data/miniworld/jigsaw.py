@@ -18,7 +18,7 @@ TRAY_ROW = GRID - 1
 SLOT_COLUMNS = {"A": 1, "B": 3}
 QUESTION = "which piece fits"
 PLAN = "fill the hole"
-THOUGHT = "hole at {cell} is {colour}"
+THOUGHT = "hole {cell} {colour}"
 
 HOLE = tile(INK, SIGNS["?"], PAPER)
 LABELS = {name: tile(PAPER, SIGNS[name]) for name in SLOT_COLUMNS}

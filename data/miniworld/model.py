@@ -1,31 +1,42 @@
 """The miniature model before training: its shape, its initial weights, its checkpoint folder.
 
-Over a 4x4 grid of patches the fixed 2-D sin-cos table of the full-size model hardly varies, and
-tiny embeddings of the usual 0.02 keep attention flat for thousands of steps. Position therefore
-reaches the decoder through the image encoder's learned table, initialised as row + column vectors,
-and text and image tokens start at comparable scales.
+Looking something up in a picture (which tile is red? what lies on b3?) forms late and suddenly in so
+small a model, unless the first attention layer can tell patches apart. Four things in the initial
+weights bring it within reach of a laptop: the image encoder starts as a per-patch encoder (its
+residual branches at zero) whose input weighs a patch's mean colour like its details; position comes
+from its learned table, initialised as row + column vectors (over a 4x4 grid the fixed sin-cos table
+of the full-size model hardly varies); image tokens are centred and start at unit scale; and queries
+are scaled up, because after QK-norm attention could otherwise not become sharp for a thousand steps.
 """
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.miniworld.art import CELL, blank_board, picture
 from data.miniworld.tokenizer import save_tokenizer
+from data.miniworld.world import TASKS, draw
 from data.processor import Processor
 from data.prompts import MINI
-from data.transforms import ImageTransform
+from data.transforms import ImageTransform, patchify
 from modeling.bagel import Bagel
 from modeling.config import BagelConfig, LLMConfig, ViTConfig
 from modeling.pretrained import save_pretrained
+from modeling.sequence import pack
 from modeling.tokenizer import load_tokenizer
 
 TRANSFORM = ImageTransform(
     max_image_size=56, min_image_size=56, image_stride=14, max_pixels=56 * 56
 )
-EMBEDDING_STD = 0.3  # token embeddings and position table
-CONNECTOR_GAIN = 3.0
+TOKEN_STD = 0.3
+POSITION_STD = 1.0  # of the row and of the column vectors of the image encoder's table
+DETAIL_GAIN = 2.0  # patch embedding: fan-in scaled noise ...
+COLOUR_GAIN = 2.0  # ... plus random directions for the three channel means
+QUERY_GAIN = 4.0  # initial q_norm weight
+CALIBRATION_DRAWS = 64  # items per task family whose pictures centre and scale image tokens
 
 
 def mini_config(vocab_size: int) -> BagelConfig:
@@ -51,24 +62,56 @@ def mini_config(vocab_size: int) -> BagelConfig:
 
 
 @torch.no_grad()
-def initialise(model: Bagel, seed: int) -> None:
-    """Random weights in place: fan-in scaled matrices, factored table, larger embeddings."""
+def initialise(model: Bagel, processor: Processor, seed: int) -> None:
+    """Random weights in place, as the module docstring says; everything else is fan-in scaled."""
     generator = torch.Generator().manual_seed(seed)
+    depth = model.config.llm.num_hidden_layers
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-    embedding = model.language_model.model.embed_tokens.weight
-    embedding.normal_(0.0, EMBEDDING_STD, generator=generator)
-    table = model.vit_model.vision_model.embeddings.position_embedding.weight
+        if name.startswith("vit_model.") and name.endswith(("out_proj.weight", "fc2.weight")):
+            parameter.zero_()
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_((2 * depth) ** -0.5)  # the sum over layers starts at unit scale
+        elif name.endswith("q_norm.weight"):
+            parameter.mul_(QUERY_GAIN)
+    model.language_model.model.embed_tokens.weight.normal_(0.0, TOKEN_STD, generator=generator)
+    embeddings = model.vit_model.vision_model.embeddings
+    _initialise_patches(embeddings.patch_embedding, model.config.vit.num_channels, generator)
+    table = embeddings.position_embedding.weight
     table.copy_(_factored_table(model.config.vit.patches_per_side, table.shape[1], generator))
-    model.connector.fc2.weight.mul_(CONNECTOR_GAIN)
+    _calibrate_images(model, processor, seed)
+
+
+def _initialise_patches(embedding: nn.Linear, channels: int, generator: torch.Generator) -> None:
+    """Details, channel means, and a bias that maps an empty cell to zero."""
+    pixels = embedding.in_features // channels
+    directions = torch.randn(embedding.out_features, 1, channels, generator=generator)
+    means = (COLOUR_GAIN * directions / pixels).expand(-1, pixels, -1).flatten(1)
+    embedding.weight.mul_(DETAIL_GAIN).add_(means)
+    empty = patchify(TRANSFORM(picture(blank_board())), CELL)[0]
+    embedding.bias.copy_(-embedding.weight @ empty)
+
+
+def _calibrate_images(model: Bagel, processor: Processor, seed: int) -> None:
+    """Shift and scale the connector's output: zero mean and unit rms over the miniature's pictures."""
+    rng = random.Random(seed)
+    records = [draw(task, rng) for task in TASKS for _ in range(CALIBRATION_DRAWS)]
+    pictures = [p for record in records for p in (record.problem_image, record.visual_thought)]
+    segments = [[processor.transform.segment(picture)] for picture in pictures]
+    batch = pack(segments, processor.tokenizer.special)
+    output = model.connector.fc2
+    output.bias.sub_(model.encode_images(batch).mean(0))
+    scale = model.encode_images(batch).square().mean().rsqrt()
+    output.weight.mul_(scale)
+    output.bias.mul_(scale)
 
 
 def _factored_table(side: int, width: int, generator: torch.Generator) -> Tensor:
     """(side * side, width): a random vector per row plus one per column."""
-    rows, columns = torch.randn(2, side, width, generator=generator) * EMBEDDING_STD
+    rows, columns = torch.randn(2, side, width, generator=generator) * POSITION_STD
     return (rows[:, None] + columns[None, :]).reshape(side * side, width)
 
 
@@ -78,7 +121,7 @@ def write_untrained(path: str | Path, seed: int) -> None:
     processor = Processor(load_tokenizer(path), TRANSFORM, MINI)
     processor.save_pretrained(path)
     model = Bagel(mini_config(processor.tokenizer.vocab_size))
-    initialise(model, seed)
+    initialise(model, processor, seed)
     copy_understanding_expert(model)
     save_pretrained(model.state_dict(), model.config, path, dtype=torch.float32)
 

@@ -14,7 +14,7 @@ TASK = "Visual_Search"
 TILE_COUNT = 8
 QUESTION = "what is on {colour}"
 PLAN = "find the {colour} tile"
-THOUGHT = "at {cell} is {glyph}"
+THOUGHT = "{colour} {cell} {glyph}"
 
 
 def draw(rng: random.Random) -> MiniRecord:
@@ -28,7 +28,7 @@ def draw(rng: random.Random) -> MiniRecord:
     cell, colour, glyph = cells[0], colours[0], glyphs[0]  # samples come in random order
     visual_thought = blank_board()
     visual_thought[cell] = problem[cell]
-    thought = THOUGHT.format(cell=cell_name(*cell), glyph=glyph)
+    thought = THOUGHT.format(colour=colour, cell=cell_name(*cell), glyph=glyph)
     return MiniRecord(
         task=TASK,
         question=QUESTION.format(colour=colour),
@@ -45,5 +45,6 @@ def sentences() -> list[str]:
     texts = list(GLYPHS)
     for colour in COLOURS:
         texts += [QUESTION.format(colour=colour), PLAN.format(colour=colour)]
-    texts += [THOUGHT.format(cell="a1", glyph=glyph) for glyph in GLYPHS]
-    return texts + [THOUGHT.format(cell=cell_name(*cell), glyph="star") for cell in CELLS]
+        texts.append(THOUGHT.format(colour=colour, cell="a1", glyph="star"))
+    texts += [THOUGHT.format(colour="red", cell="a1", glyph=glyph) for glyph in GLYPHS]
+    return texts + [THOUGHT.format(colour="red", cell=cell_name(*c), glyph="star") for c in CELLS]
