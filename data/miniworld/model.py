@@ -1,12 +1,13 @@
 """The miniature model before training: its shape, its initial weights, its checkpoint folder.
 
-Looking something up in a picture (which tile is red? what lies on b3?) forms late and suddenly in so
-small a model, unless the first attention layer can tell patches apart. Four things in the initial
-weights bring it within reach of a laptop: the image encoder starts as a per-patch encoder (its
-residual branches at zero) whose input weighs a patch's mean colour like its details; position comes
-from its learned table, initialised as row + column vectors (over a 4x4 grid the fixed sin-cos table
-of the full-size model hardly varies); image tokens are centred and start at unit scale; and queries
-are scaled up, because after QK-norm attention could otherwise not become sharp for a thousand steps.
+Looking something up in a picture (which tile is red? what lies on b3?) forms late and suddenly in
+so small a model, unless the first attention layer can tell patches apart. Four things in the
+initial weights bring it within reach of a laptop: the image encoder starts as a per-patch encoder
+(its residual branches at zero) whose input weighs a patch's mean colour like its details; position
+comes from its learned table, initialised as row + column vectors (over a 4x4 grid the fixed sin-cos
+table of the full-size model hardly varies); image tokens are centred and start at unit scale; and
+queries are scaled up, because after QK-norm attention could otherwise not become sharp for a
+thousand steps.
 """
 
 import argparse
@@ -33,7 +34,7 @@ TRANSFORM = ImageTransform(
 )
 TOKEN_STD = 0.3
 POSITION_STD = 1.0  # of the row and of the column vectors of the image encoder's table
-DETAIL_GAIN = 2.0  # patch embedding: fan-in scaled noise ...
+DETAIL_GAIN = 3.0  # patch embedding: fan-in scaled noise ...
 COLOUR_GAIN = 2.0  # ... plus random directions for the three channel means
 QUERY_GAIN = 4.0  # initial q_norm weight
 CALIBRATION_DRAWS = 64  # items per task family whose pictures centre and scale image tokens
@@ -96,7 +97,9 @@ def _initialise_patches(embedding: nn.Linear, channels: int, generator: torch.Ge
 
 
 def _calibrate_images(model: Bagel, processor: Processor, seed: int) -> None:
-    """Shift and scale the connector's output: zero mean and unit rms over the miniature's pictures."""
+    """Shift and scale the connector's output: zero mean and unit rms over the miniature's
+    pictures.
+    """
     rng = random.Random(seed)
     records = [draw(task, rng) for task in TASKS for _ in range(CALIBRATION_DRAWS)]
     pictures = [p for record in records for p in (record.problem_image, record.visual_thought)]
