@@ -270,5 +270,6 @@ def _keep_only(folder: Path, name: str, written: set[str]) -> None:
 
 def _save(file: Path, keys: list[str], readers: Mapping[str, Callable[[], Tensor]]) -> None:
     save_file({key: readers[key]() for key in keys}, str(file), metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes files private to the user
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())

@@ -126,7 +126,7 @@ def write_untrained(path: str | Path, seed: int) -> None:
     model = Bagel(mini_config(processor.tokenizer.vocab_size))
     initialise(model, processor, seed)
     copy_understanding_expert(model)
-    save_pretrained(model.state_dict(), model.config, path, dtype=torch.float32)
+    save_pretrained(model.state_dict(), model.config, path)
 
 
 @torch.no_grad()
