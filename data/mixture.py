@@ -5,8 +5,9 @@ resumed run all see the same sequence. In one epoch of a source every row comes 
 """
 
 import dataclasses
+import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -42,6 +43,11 @@ class MixtureConfig:
     max_skip_fraction: float = 0.01  # of rows tried, above it the run stops
 
     def __post_init__(self) -> None:
+        for key, (fits, expected) in _SHAPES.items():
+            value = getattr(self, key)
+            if value is not None and not fits(value):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise DataError(f"{self.group}: {key} is {shown!r}; expected {expected}")
         names = self.dataset_names
         if not names or len(set(names)) != len(names):
             raise DataError(f"{self.group}: dataset_names {list(names)} is empty or has repeats")
@@ -67,31 +73,36 @@ class MixtureConfig:
         """Read a mixture file.
 
         Raises:
-            DataError: unknown keys (the message lists the known ones) or values that do not fit.
+            DataError: no such file, no yaml, unknown keys (the message lists the known ones) or
+                values that do not fit.
         """
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = _read_yaml(Path(path))
         if not isinstance(tree, dict) or len(tree) != 1 or next(iter(tree)) not in GROUPS:
             found = list(tree) if isinstance(tree, dict) else tree
             raise DataError(
-                f"{path}: expected one top-level key out of {', '.join(GROUPS)}, found {found}"
+                f"{path}: expected one top-level key out of {', '.join(GROUPS)}, found {found!r}"
             )
         group, values = next(iter(tree.items()))
         known = [f.name for f in dataclasses.fields(cls) if f.name != "group"]
-        if not isinstance(values, dict) or "dataset_names" not in values:
+        if not isinstance(values, dict) or values.get("dataset_names") is None:
             raise DataError(f"{path}: {group} needs dataset_names; keys are {', '.join(known)}")
         unknown = [key for key in values if key not in known]
         if unknown:
             raise DataError(
                 f"{path}: unknown keys {unknown} in {group}; known keys are {', '.join(known)}"
             )
+        values = {key: value for key, value in values.items() if value is not None}
         for key in ("dataset_names", "num_used_data", "weights"):
-            if values.get(key) is not None:
+            if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
-        if values.get("vit_image_transform_args") is not None:
+        if "vit_image_transform_args" in values:
             values["vit_image_transform_args"] = transform_from_dict(
                 values["vit_image_transform_args"], f"{path}: vit_image_transform_args"
             )
-        return cls(group=group, **values)
+        try:
+            return cls(group=group, **values)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
 
     @property
     def fields(self) -> Fields:
@@ -249,6 +260,48 @@ def loader(
 
 def _identity(item: Any) -> Any:
     return item
+
+
+def _read_yaml(file: Path) -> Any:
+    if not file.is_file():
+        raise DataError(
+            f"{file}: no such mixture file; those that ship lie in data/configs/, docs/data.md "
+            "shows how to write one"
+        )
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not yaml: {' '.join(str(error).split())}") from error
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and all(fits(entry) for entry in value)
+
+
+def _are_shares(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(shares, Mapping) and all(map(_is_number, shares.values()))
+        for shares in value.values()
+    )
+
+
+# What a value of a mixture file must look like, before its size is looked at.
+_SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dataset_names": (_all(lambda entry: isinstance(entry, str)), "a list of folder names"),
+    "num_used_data": (_all(_is_whole), "a list of whole numbers, one for each data set"),
+    "weights": (_all(_is_number), "a list of numbers, one for each data set"),
+    "max_reference_rounds": (_is_whole, "a whole number"),
+    "max_skip_fraction": (_is_number, "a number such as 0.01"),
+    "contexts": (_are_shares, "data set (or default) -> context -> share, shares being numbers"),
+}
 
 
 def _check_contexts(

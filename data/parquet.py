@@ -8,6 +8,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +59,14 @@ class ParquetSource:
             limit: use the first `limit` rows only.
 
         Raises:
-            DataError: no file, no row, or a required column is missing.
+            DataError: no file, no row, a damaged file, or a required column is missing.
         """
         self.name, self.fields = name, fields
         self.files = find_files(resolve_root(root), name, split)
         self.columns: list[tuple[str, ...]] = []  # per file
         groups, sizes, group_bytes = [], [], []  # per row group
         for index, file in enumerate(self.files):
-            with pq.ParquetFile(file) as handle:
+            with _readable(file), pq.ParquetFile(file) as handle:
                 self.columns.append(fields.columns(handle.schema_arrow.names, str(file)))
                 for group in range(handle.num_row_groups):
                     metadata = handle.metadata.row_group(group)
@@ -131,18 +132,31 @@ class ParquetSource:
             self._cache.move_to_end(group)
             return self._cache[group]
         file, local = self._groups[group]
-        if file not in self._handles:
-            if len(self._handles) >= OPEN_FILES:
-                self._handles.popitem(last=False)[1].close()
-            self._handles[file] = pq.ParquetFile(self.files[file])
-        # Arrow's thread pool does not survive a fork; one thread reads a row group fast enough.
-        table = self._handles[file].read_row_group(
-            local, columns=list(self.columns[file]), use_threads=False
-        )
+        with _readable(self.files[file]):
+            if file not in self._handles:
+                if len(self._handles) >= OPEN_FILES:
+                    self._handles.popitem(last=False)[1].close()
+                self._handles[file] = pq.ParquetFile(self.files[file])
+            # Arrow's threads do not survive a fork; one thread reads a row group fast enough.
+            table = self._handles[file].read_row_group(
+                local, columns=list(self.columns[file]), use_threads=False
+            )
         self._cache[group] = table
         while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > CACHE_BYTES:
             self._cache.popitem(last=False)
         return table
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What Arrow says about a damaged file becomes a DataError that names the file."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{file} is not a readable parquet file ({reason}); download or write it again"
+        ) from error
 
 
 def find_files(root: Path, name: str, split: str) -> list[Path]:

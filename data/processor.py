@@ -4,7 +4,9 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from data.example import DataError
 from data.prompts import PAPER, PROMPT_SETS, PromptSet
 from data.transforms import ImageTransform
 from modeling.tokenizer import Tokenizer, load_tokenizer
@@ -26,15 +28,18 @@ class Processor:
 
         Released folders have no `preprocessor_config.json` of this layout (one without "prompt_set"
         belongs to another library): they get the paper's image limits and prompts.
+
+        Raises:
+            DataError: a `preprocessor_config.json` that is not JSON or whose values do not fit.
         """
         file = Path(path) / PREPROCESSOR_FILE
-        config = json.loads(file.read_text()) if file.is_file() else {}
+        config = _read_json(file) if file.is_file() else {}
         tokenizer = load_tokenizer(path)
         if "prompt_set" not in config:
             return cls(tokenizer)
         name = config.pop("prompt_set")
-        if name not in PROMPT_SETS:
-            raise ValueError(f"{file}: prompt_set {name!r} is not one of {sorted(PROMPT_SETS)}")
+        if not isinstance(name, str) or name not in PROMPT_SETS:
+            raise DataError(f"{file}: prompt_set {name!r} is not one of {sorted(PROMPT_SETS)}")
         return cls(tokenizer, transform_from_dict(config, str(file)), PROMPT_SETS[name])
 
     def with_transform(self, transform: ImageTransform | None) -> "Processor":
@@ -54,9 +59,28 @@ class Processor:
         self.tokenizer.save(path)
 
 
-def transform_from_dict(config: dict, where: str) -> ImageTransform:
-    """ImageTransform from its four numbers; unknown or missing keys raise ValueError."""
+def transform_from_dict(config: Any, where: str) -> ImageTransform:
+    """ImageTransform from its four whole numbers; anything else raises DataError."""
     known = {f.name for f in dataclasses.fields(ImageTransform)}
-    if set(config) != known:
-        raise ValueError(f"{where}: expected exactly {sorted(known)}, got {sorted(config)}")
-    return ImageTransform(**config)
+    if not isinstance(config, dict) or set(config) != known:
+        found = sorted(map(str, config)) if isinstance(config, dict) else repr(config)
+        raise DataError(f"{where}: expected exactly {sorted(known)}, got {found}")
+    for key, value in config.items():
+        if type(value) is not int:
+            raise DataError(f"{where}: {key} is {value!r}; expected a whole number of pixels")
+    try:
+        return ImageTransform(**config)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:  # not JSON, or not text at all
+        raise DataError(
+            f"{file} is not JSON ({error}); copy it from the checkpoint again"
+        ) from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file} holds {config!r}; expected an object with the key prompt_set")
+    return config

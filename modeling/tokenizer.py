@@ -11,6 +11,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
+class TokenizerError(ValueError):
+    """Tokenizer files that cannot be read; shown without a traceback."""
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """Framing tokens: text blocks are bos .. eos, image blocks are image_start .. image_end."""
@@ -66,10 +70,22 @@ def add_special_tokens(backend: PreTrainedTokenizerBase) -> tuple[SpecialTokens,
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open the tokenizer files of a checkpoint folder; never asks the network."""
+    """Open the tokenizer files of a checkpoint folder; never asks the network.
+
+    Raises:
+        FileNotFoundError: there are none.
+        TokenizerError: they are damaged.
+    """
     folder = Path(path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(
             f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json with merges.txt"
         )
-    return Tokenizer(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    except Exception as error:  # the backend raises bare Exception, KeyError, TypeError, ...
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TokenizerError(
+            f"{folder}: the tokenizer cannot be read ({reason}); copy tokenizer.json and "
+            "tokenizer_config.json from the original checkpoint again"
+        ) from error

@@ -29,12 +29,13 @@ def fails(monkeypatch, capfd, tmp_path):
         main, argv = MAINS[trainer]
         monkeypatch.setattr(sys, "argv", [trainer, *argv(tmp_path, **flags)])
         capfd.readouterr()
+        before = sorted(tmp_path.glob("checkpoints/*/*"))
         with pytest.raises(SystemExit) as exit_:
             main()
         assert exit_.value.code == 2
         err = capfd.readouterr().err
         assert "Traceback" not in err
-        assert not list(tmp_path.glob("checkpoints/*"))
+        assert sorted(tmp_path.glob("checkpoints/*/*")) == before
         (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert message == err.strip().splitlines()[-1]
         return message
@@ -119,6 +120,32 @@ def test_weights_that_are_not_there(fails):
     assert "files there: model.safetensors" in message
 
 
+@pytest.mark.parametrize("text", ['{"version": "1.0", ', "{}", "[]"])
+def test_broken_tokenizer(fails, model, text):
+    (model / "tokenizer.json").write_text(text)
+    message = fails(model_path=model)
+    assert f"{model}: the tokenizer cannot be read (" in message
+    assert "copy tokenizer.json" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"prompt_set": "mini"', "is not JSON (Expecting"),
+        ("[1]", "holds [1]; expected an object"),
+        ('{"prompt_set": "papr"}', "prompt_set 'papr' is not one of ['mini', 'paper']"),
+        ('{"prompt_set": ["mini"]}', "prompt_set ['mini'] is not one of"),
+        ('{"prompt_set": "mini", "image_stride": 14}', "got ['image_stride']"),
+    ],
+)
+def test_broken_preprocessor_file(fails, model, text, named):
+    file = model / "preprocessor_config.json"
+    file.write_text(text)
+    message = fails(model_path=model)
+    assert str(file) in message
+    assert named in message
+
+
 # ---- data -------------------------------------------------------------------------------------
 
 
@@ -156,16 +183,35 @@ def test_no_rows(fails, tmp_path):
         ("visual_opsd: {dataset_names: [Toy], weihgts: [1]}", "unknown keys ['weihgts']"),
         ("editing: {dataset_names: [Toy]}", "expected one top-level key out of"),
         ("visual_opsd: {dataset_names: [Toy], split: dev}", "split 'dev' is not one of"),
+        ("visual_opsd: {dataset_names: [Toy}", "is not yaml: while parsing a flow sequence"),
+        ("visual_opsd: {dataset_names: [Toy], weights: 1}", "weights is 1; expected a list of"),
     ],
 )
 def test_bad_mixture_file(fails, tmp_path, text, named):
     path = tmp_path / "m.yaml"
     path.write_text(text)
-    assert named in fails(dataset_config_file=path)
+    message = fails(dataset_config_file=path)
+    assert message.startswith(f"error: {path}")
+    assert named in message
 
 
 def test_no_mixture_file(fails, tmp_path):
-    assert str(tmp_path / "none.yaml") in fails(dataset_config_file=tmp_path / "none.yaml")
+    message = fails(dataset_config_file=tmp_path / "none.yaml")
+    assert f"{tmp_path / 'none.yaml'}: no such mixture file" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_parquet_file(fails, tmp_path, workers):
+    write_source(tmp_path / "datasets", "Toy", [record(i) for i in range(6)])
+    file = next((tmp_path / "datasets" / "Toy" / "data").glob("*.parquet"))
+    whole = file.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    damages = {"torn": whole[:-20], "pages": b"\xff" * (len(whole) - footer) + whole[-footer:]}
+    for damage in ["torn", "pages"]:  # seen when the footer is read; when the first row is
+        file.write_bytes(damages[damage])
+        message = fails(num_workers=workers, **mixture(tmp_path))
+        assert f"{file} is not a readable parquet file (" in message, damage
+        assert "download or write it again" in message
 
 
 def test_distillation_needs_visual_thoughts(fails, tmp_path):
@@ -188,7 +234,7 @@ def test_damaged_images_are_skipped_and_counted(tmp_path, monkeypatch):
     opsd.main()
     (line,) = metric_lines(tmp_path)
     assert line["skipped_records"] == pytest.approx(3 / 12)  # every row of the epoch comes once
-    assert line["dropped_rows"] == 0  # others took their places
+    assert line["over_cap"] == line["empty_completions"] == 0  # others took their places
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -202,6 +248,41 @@ def test_too_many_damaged_images_stop_the_run(fails, tmp_path, trainer, workers)
     assert "train-00000-of-00001.parquet, row " in message
     assert "column problem_image_0 is not a readable image" in message
     assert "raise max_skip_fraction in the mixture file" in message
+
+
+# ---- output folders ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", MAINS)
+def test_output_folder_that_is_a_file(fails, tmp_path, trainer):
+    file = tmp_path / "taken"
+    file.write_text("notes")
+    for flag in ("results_dir", "checkpoint_dir"):
+        for folder in (file, file / "deeper" / "still"):
+            message = fails(trainer, **{flag: folder})
+            assert message == f"error: --{flag} {folder}: {file} is a file; name a folder"
+    assert file.read_text() == "notes"
+
+
+@pytest.mark.parametrize("trainer", MAINS)
+def test_checkpoints_of_an_earlier_run_stay(fails, tmp_path, trainer):
+    folder = tmp_path / "checkpoints"
+    for name in ("0000400", "0000500"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"weights")
+    message = fails(trainer)
+    assert f"--checkpoint_dir {folder} holds 2 checkpoint(s)" in message
+    assert "(0000500)" in message
+    assert "choose another folder" in message and "--overwrite True" in message
+    assert not (tmp_path / "results").exists()  # nothing was written
+
+
+def test_overwrite_spares_the_weights_to_start_from(fails, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(workspace() / "base", folder / "0000500")
+    (folder / "latest").symlink_to("0000500")
+    message = fails(model_path=folder / "latest", overwrite=True)
+    assert f"would remove the weights to start from, --model_path {folder / 'latest'}" in message
 
 
 # ---- the real command line --------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Checkpoints: what a folder named N holds, and that only whole folders become visible."""
 
+import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from data.processor import Processor
 from modeling.pretrained import find_weights, is_generation_key, load_pretrained
 from tests.training import WORLD, base_processor, opsd_config, run_opsd, weights_of, workspace
 from train import checkpoint
-from train.checkpoint import CheckpointWriter
+from train.checkpoint import CheckpointWriter, claim_folders
+from train.config import UsageError
 from train.parallel import wrap
 from train.records import config_hash
 
@@ -151,6 +154,45 @@ def test_the_same_step_may_be_written_again(writer, tmp_path):
     after = load_file(first / "model.safetensors")
     key = "language_model.model.norm.weight"
     assert torch.allclose(after[key], before[key] + 1.0)
+
+
+def test_overwrite_removes_the_earlier_run_and_nothing_else(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    for name in ("0000005", "12345678", ".0000006.partial", "0000009.bak", "best", "7"):
+        (folder / name).mkdir(parents=True)
+    (folder / "0000008").write_text("not a folder")
+    (folder / "latest").symlink_to("0000005")
+    with pytest.raises(UsageError, match=r"holds 2 checkpoint\(s\) .*\(12345678\)"):
+        claim_folders(opsd_config(tmp_path), WORLD)
+    assert ".0000006.partial" in names(folder)  # a refusal touches nothing
+    claim_folders(opsd_config(tmp_path, overwrite=True), WORLD)
+    assert names(folder) == ["0000008", "0000009.bak", "7", "best"]
+    assert f"removing 2 checkpoint(s) of an earlier run in {folder}" in capsys.readouterr().out
+
+
+def test_half_written_folders_of_a_killed_run_are_removed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in (".0000004.partial", ".0000005.partial", ".notes.partial"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"torn")
+    claim_folders(opsd_config(tmp_path), WORLD)
+    assert names(folder) == [".notes.partial"]
+
+
+def test_only_the_first_rank_removes(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "0000005").mkdir(parents=True)
+    second = dataclasses.replace(WORLD, rank=1)
+    with pytest.raises(UsageError, match="0000005"):  # all ranks come to the same decision
+        claim_folders(opsd_config(tmp_path), second)
+    claim_folders(opsd_config(tmp_path, overwrite=True), second)
+    assert names(folder) == ["0000005"]
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UsageError, match=f"--results_dir .*no permission to write in {tmp_path}"):
+        claim_folders(opsd_config(tmp_path), WORLD)
 
 
 @pytest.mark.parametrize("broken", ["save_pretrained", "write_atomic", "_fsync"])

@@ -232,10 +232,38 @@ def test_shipped_paper_config_is_the_paper():
             "visual_opsd: {dataset_names: [A], vit_image_transform_args: {image_stride: 14}}",
             "vit_image_transform_args: expected exactly",
         ),
+        ("visual_opsd: {dataset_names: [A], vit_image_transform_args: 980}", "args: exp.*got 980"),
+        ("visual_opsd: {dataset_names: A}", "dataset_names is 'A'; expected a list of folder"),
+        ("visual_opsd: {dataset_names: [1]}", "dataset_names is .1.; expected a list of folder"),
+        ("visual_opsd: {dataset_names: null}", "needs dataset_names"),
+        ("visual_opsd: {dataset_names: [A], weights: '1'}", "weights is '1'; expected a list"),
+        ("visual_opsd: {dataset_names: [A], weights: [.nan]}", "weights is .nan.; expected"),
+        ("visual_opsd: {dataset_names: [A], num_used_data: 7}", "num_used_data is 7; expected"),
+        ("visual_opsd: {dataset_names: [A], num_used_data: [1.5]}", "num_used_data is .1.5.; exp"),
+        ("visual_opsd: {dataset_names: [A], max_skip_fraction: 1e-2}", "fraction is '1e-2'; exp"),
+        ("visual_opsd: {dataset_names: [A], max_reference_rounds: two}", "rounds is 'two'; exp"),
+        ("visual_opsd: {dataset_names: [A], split: [train]}", "split .'train'. is not one of"),
+        ("text_reasoning: {dataset_names: [A], contexts: teacher}", "contexts is 'teacher'; exp"),
+        (
+            "text_reasoning: {dataset_names: [A], contexts: {A: {teacher: x}}}",
+            "contexts is .*: 'x'",
+        ),
+        ("visual_opsd: {dataset_names: [A", "is not yaml: while parsing"),
+        ("visual_opsd: \x07", "is not yaml: unacceptable character"),
     ],
 )
 def test_wrong_configs_are_refused(tmp_path, text, message):
     path = tmp_path / "mixture.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         MixtureConfig.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_without_value_keeps_its_default(tmp_path):
+    path = tmp_path / "mixture.yaml"
+    path.write_text("visual_opsd:\n  dataset_names: [A]\n  weights:\n  max_skip_fraction:\n")
+    assert MixtureConfig.load(path) == MixtureConfig("visual_opsd", ("A",))
+    with pytest.raises(DataError, match="no such mixture file"):
+        MixtureConfig.load(tmp_path)

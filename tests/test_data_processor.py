@@ -7,7 +7,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from data.processor import Processor
+from data.example import DataError
+from data.processor import Processor, transform_from_dict
 from data.prompts import MINI, PAPER
 from data.transforms import ImageTransform
 from modeling.tokenizer import Tokenizer
@@ -47,6 +48,25 @@ def test_wrong_files_are_refused(tokenizer, tmp_path):
     file.write_text(json.dumps({"prompt_set": "mini", "stride": 14}))
     with pytest.raises(ValueError, match="expected exactly .*got .'stride'"):
         Processor.from_pretrained(tmp_path)
+
+
+SIZES = {"max_image_size": 56, "min_image_size": 28, "image_stride": 14, "max_pixels": 3136}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "here: expected exactly .* got None"),
+        (SIZES | {"image_stride": "14"}, "here: image_stride is '14'; expected a whole number"),
+        (SIZES | {"max_pixels": True}, "here: max_pixels is True"),
+        (SIZES | {"image_stride": 0}, "here: image sizes need 0 < image_stride"),
+        (SIZES | {3: 4}, "here: expected exactly"),
+    ],
+)
+def test_wrong_limits_say_where(config, message):
+    assert transform_from_dict(SIZES, "here") == ImageTransform(56, 28, 14, 3136)
+    with pytest.raises(DataError, match=message):
+        transform_from_dict(config, "here")
 
 
 def test_unnamed_prompts_cannot_be_saved(tmp_path):

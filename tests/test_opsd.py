@@ -218,6 +218,19 @@ def test_every_rank_runs_the_same_number_of_micro_batches():
         assert all(micros)
 
 
+def test_rows_over_the_cap_and_empty_completions_are_counted_apart(tmp_path, monkeypatch):
+    def without_row_two(rows, *args):
+        return [prompt for prompt in prepare(rows, *args) if prompt.row != 2]
+
+    def without_row_five_and_six(*args):
+        return [t for t in sample(*args) if t.prompt.row not in (5, 6)]
+
+    monkeypatch.setattr(opsd, "prepare", without_row_two)
+    monkeypatch.setattr(opsd, "sample", without_row_five_and_six)
+    (line,) = run_opsd(tmp_path, total_steps=1, global_batch=8, sample_temperature=0)
+    assert (line["over_cap"], line["empty_completions"]) == (1 / 8, 2 / 8)
+
+
 def test_dropped_rows_change_no_mean(tmp_path, monkeypatch):
     """Two of four rows are left out: micro batches of one then run placeholders, of four none."""
 
@@ -227,7 +240,8 @@ def test_dropped_rows_change_no_mean(tmp_path, monkeypatch):
     monkeypatch.setattr(opsd, "prepare", two_rows)
     lines = {m: run_opsd(tmp_path / str(m), total_steps=1, micro_batch=m)[0] for m in (1, 4)}
     assert lines[1].keys() == lines[4].keys()
-    assert lines[1]["dropped_rows"] == 0.5
+    assert lines[1]["over_cap"] == 0.5
+    assert lines[1]["empty_completions"] == 0
     for name, value in lines[4].items():
         assert lines[1][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
@@ -312,7 +326,7 @@ def test_command_line_run_leaves_metrics_config_and_checkpoints(tmp_path, monkey
     assert [line["step"] for line in lines] == [2, 4, 5]
     names = {
         *("step", "loss", "lr", "grad_norm", "jsd", "student_entropy", "student_mass_outside"),
-        *("clipped_share", "dropped_rows", "completion_length", "ended_by_budget"),
+        *("clipped_share", "over_cap", "empty_completions", "completion_length", "ended_by_budget"),
         *("image_skips", "shrunk_images", "skipped_records"),
     }
     assert all(names <= line.keys() for line in lines)

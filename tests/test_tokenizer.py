@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modeling.tokenizer import SpecialTokens, load_tokenizer
+from modeling.tokenizer import SpecialTokens, TokenizerError, load_tokenizer
 from modeling.tokenizer import Tokenizer as BagelTokenizer
 
 FRAMING = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
@@ -56,3 +56,13 @@ def test_save_and_load(tmp_path):
 def test_a_folder_without_tokenizer_files_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no tokenizer in {tmp_path}.*tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", [b"[]", b'{"model": ', b"\xff\xfe\x00"])
+def test_damaged_files_are_one_kind_of_error(tmp_path, name, text):
+    BagelTokenizer(backend(FRAMING)).save(tmp_path)
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(TokenizerError, match=f"{tmp_path}: the tokenizer cannot be read") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

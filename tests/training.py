@@ -54,7 +54,7 @@ def write_checkpoint(path: Path, seed: int) -> None:
     processor.save_pretrained(path)
     llm = LLMConfig(processor.tokenizer.vocab_size, 32, 48, 2, 2, 1, max_position_embeddings=512)
     model = Bagel(BagelConfig(llm, ViTConfig(32, 48, 2, 2, image_size=56)))
-    initialise(model, seed)
+    initialise(model, processor, seed)
     model.language_model.model.embed_tokens.weight[:, 0] = 3.0
     model.connector.fc2.bias[0] = 3.0
     head = model.language_model.lm_head.weight

@@ -1,4 +1,5 @@
-"""Checkpoints: self-contained folders in the released layout, published atomically.
+"""Checkpoints: self-contained folders in the released layout, published atomically; the folder
+that takes them.
 
 A folder named N holds the weights after N optimizer updates. It opens as the student; its EMA
 teacher, if the run has one, is `ema.safetensors`. `latest` links to the newest folder.
@@ -7,6 +8,7 @@ teacher, if the run has one, is `ema.safetensors`. `latest` links to the newest 
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,55 @@ from torch import nn
 from data.processor import Processor
 from modeling.config import BagelConfig
 from modeling.pretrained import WeightFiles, save_pretrained
-from train.config import DTYPES, SftConfig
+from train.config import DTYPES, SftConfig, UsageError
 from train.parallel import World, full_state
 from train.records import config_hash, run_info, write_atomic
+
+
+def claim_folders(config: SftConfig, world: World) -> None:
+    """Make the output folders ready for a run, or refuse before anything is written. Collective.
+
+    Checkpoints of an earlier run are removed if --overwrite says so, else they are a reason to
+    refuse; half-written ones of a killed run are always removed.
+
+    Raises:
+        UsageError: an output folder is a file or read-only, or has checkpoints that must stay.
+    """
+    run, root = config.run, Path(config.run.checkpoint_dir)
+    for flag, folder in (("results_dir", run.results_dir), ("checkpoint_dir", run.checkpoint_dir)):
+        _check_writable(flag, Path(folder))
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    earlier = [e for e in entries if re.fullmatch(r"\d{7,}", e.name) and e.is_dir()]
+    if earlier and not run.overwrite:
+        raise UsageError(
+            f"--checkpoint_dir {root} holds {len(earlier)} checkpoint(s) of an earlier run "
+            f"({earlier[-1].name}): choose another folder (OUTPUT_NAME of the launchers), or "
+            "remove them with --overwrite True"
+        )
+    start = Path(config.model.model_path).resolve()
+    if any(entry.resolve() in (start, *start.parents) for entry in earlier):
+        raise UsageError(
+            f"--overwrite True would remove the weights to start from, --model_path "
+            f"{config.model.model_path}: choose another --checkpoint_dir than {root}"
+        )
+    world.barrier()  # every rank has looked before one of them removes what it looked for
+    if not world.is_main:
+        return
+    if earlier:
+        print(f"removing {len(earlier)} checkpoint(s) of an earlier run in {root}", flush=True)
+    stale = [entry for entry in entries if re.fullmatch(r"\.\d{7,}\.partial", entry.name)]
+    if (root / "latest").is_symlink() and earlier:
+        (root / "latest").unlink()
+    for entry in (*earlier, *stale):
+        entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
+
+
+def _check_writable(flag: str, folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise UsageError(f"--{flag} {folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--{flag} {folder}: no permission to write in {there}; name another one")
 
 
 @dataclasses.dataclass(frozen=True)

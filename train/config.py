@@ -65,6 +65,7 @@ class RunArguments:
     preset: str | None = _help("yaml that changes defaults, e.g. data/configs/mini.yaml", None)
     results_dir: str = _help("metrics and resolved config", "results/run")
     checkpoint_dir: str = _help("checkpoints are written here", "checkpoints/run")
+    overwrite: bool = _help("remove the checkpoints of an earlier run from there", False)
     global_seed: int = _help("sampling and noise", 4396)
     global_batch: int = _help("trajectories per optimizer step, over all ranks", 16)
     micro_batch: int = _help("trajectories per forward", 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modeling.sequence import PackedBatch, pack
 from modeling.tokenizer import SpecialTokens
 from train import losses
-from train.checkpoint import CheckpointWriter
+from train.checkpoint import CheckpointWriter, claim_folders
 from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd, save_config
 from train.metrics import MetricLogger
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
@@ -64,10 +64,12 @@ def train(config: OpsdConfig, world: World) -> Path:
             )
             count = int(world.sum(len(trajectories)))
             if count == 0:
+                fitting = int(world.sum(len(prompts)))
                 raise UsageError(
-                    f"step {step}: no record left a completion under --max_forward_tokens "
+                    f"step {step}: no record has a completion; {fitting} of "
+                    f"{config.run.global_batch} fitted under --max_forward_tokens "
                     f"{config.sampling.max_forward_tokens} with --min_completion "
-                    f"{config.sampling.min_completion}"
+                    f"{config.sampling.min_completion}, and what they wrote stayed empty"
                 )
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=world.device)
@@ -89,7 +91,7 @@ def train(config: OpsdConfig, world: World) -> Path:
             teacher.update(student)
 
             observe_draws(metrics, rows)
-            observe_rollouts(metrics, trajectories, len(rows))
+            observe_rollouts(metrics, len(rows), len(prompts), trajectories)
             metrics.observe(loss=total, grad_norm=float(norm))
             done = step + 1
             metrics.log(done, lr=lr)
@@ -203,9 +205,14 @@ def _student_head(
     return {"loss": loss, **scored}
 
 
-def observe_rollouts(metrics: MetricLogger, trajectories: list[Trajectory], rows: int) -> None:
-    """Rates of what happened to this rank's rows."""
-    metrics.observe(dropped_rows=(rows - len(trajectories)) / rows)
+def observe_rollouts(
+    metrics: MetricLogger, rows: int, prompts: int, trajectories: list[Trajectory]
+) -> None:
+    """Rates of what happened to this rank's rows; `prompts` of them fitted under the cap."""
+    metrics.observe(
+        over_cap=(rows - prompts) / rows,
+        empty_completions=(prompts - len(trajectories)) / rows,
+    )
     for trajectory in trajectories:
         metrics.observe(
             completion_length=len(trajectory.rollout.token_ids),
@@ -221,6 +228,7 @@ def main() -> None:
         exit_on_user_error(),
         distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
     ):
+        claim_folders(config, world)
         if world.is_main:
             save_config(config, f"{config.run.results_dir}/config.yaml")
         last = train(config, world)

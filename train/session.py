@@ -16,6 +16,7 @@ from data.processor import Processor
 from modeling.bagel import Bagel
 from modeling.config import ConfigError
 from modeling.pretrained import CheckpointError, WeightFiles, find_weights, load_pretrained
+from modeling.tokenizer import TokenizerError
 from train.config import SftConfig, UsageError
 from train.metrics import MetricLogger
 from train.optim import NonFiniteError, build_optimizer
@@ -25,6 +26,7 @@ USER_ERRORS = (
     UsageError,
     ConfigError,
     CheckpointError,
+    TokenizerError,
     DataError,
     NonFiniteError,
     FileNotFoundError,

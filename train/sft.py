@@ -15,7 +15,7 @@ from data.mixture import Drawn
 from data.processor import Processor
 from data.streams import stream_seed
 from modeling.sequence import PackedBatch, Segment, pack
-from train.checkpoint import CheckpointWriter
+from train.checkpoint import CheckpointWriter, claim_folders
 from train.config import SftConfig, parse_sft, save_config
 from train.losses import chunked_logprobs
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
@@ -96,6 +96,7 @@ def main() -> None:
         exit_on_user_error(),
         distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
     ):
+        claim_folders(config, world)
         if world.is_main:
             save_config(config, f"{config.run.results_dir}/config.yaml")
         last = train(config, world)
