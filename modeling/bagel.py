@@ -49,10 +49,6 @@ class Bagel(nn.Module):
             self.llm2vae = nn.Linear(D, latent_dim)
             self.latent_pos_embed = PositionTable(config.max_latent_size, D)
 
-    @property
-    def has_generation_expert(self) -> bool:
-        return hasattr(self.language_model.model, "norm_moe_gen")
-
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute decoder layers in the backward pass instead of keeping their activations."""
         self.language_model.model.activation_checkpointing = enabled

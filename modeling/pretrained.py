@@ -157,9 +157,12 @@ def _check_keys(name: str, wanted: set[str], found: set[str]) -> None:
             first = ", ".join(sorted(difference)[:4])
             problems.append(f"{len(difference)} {label} (first: {first})")
     if problems:
+        remedy = ""
+        if all(is_generation_key(key) for key in wanted ^ found):  # so experts='all' was asked for
+            remedy = ". All of them belong to the drawing of images: experts='und' opens the rest"
         raise CheckpointError(
             f"{name} does not fit the model of its llm_config.json / vit_config.json: "
-            f"{'; '.join(problems)}. If only the generation expert is missing, use experts='und'"
+            f"{'; '.join(problems)}{remedy}"
         )
 
 

@@ -94,6 +94,8 @@ class Attention(nn.Module):
         if kv_cache is not None:
             assert isinstance(plan, CachedPlan)
             k, v = kv_cache.append(layer, k, v, plan)
+        # autocast leaves norm and rotation in float32; attention kernels want one dtype
+        q, k = q.to(v.dtype), k.to(v.dtype)
         out = plan(q, k, v).flatten(1)  # (T, H*E)
         gen = None if route is None else self.o_proj_moe_gen
         return routed(route, self.o_proj, gen, out)

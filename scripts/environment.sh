@@ -1,14 +1,17 @@
 # shellcheck shell=bash
 # The Python environment, for scripts to source:
-#   activate_environment            use .venv of the repository unless a virtualenv or conda environment is active
-#   ensure_environment FILE         the same, created where missing, with the requirements FILE installed
+#   activate_environment      use .venv of the repository unless a virtualenv or conda environment
+#                             is active
+#   ensure_environment FILE   the same, created where missing, with the requirements FILE installed
 # An installation is stamped with a hash of what was asked for, so a second run costs nothing.
-# Knobs: PYTHON (interpreter for a new .venv), TORCH_INDEX_URL (package index for torch alone), and pip's own.
+# Knobs: PYTHON (interpreter for a new .venv), TORCH_INDEX_URL (package index for torch alone), and
+# pip's own.
 
 REPO_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$REPO_ROOT/.venv
 
-# They would let packages from elsewhere win over those of the repository, or break installing into a venv.
+# They would let packages from elsewhere win over those of the repository, or break installing into
+# a venv.
 unset PYTHONSAFEPATH PIP_USER
 
 say() { printf '[setup] %s\n' "$*" >&2; }
@@ -24,12 +27,14 @@ user_environment_active() {
 
 activate_environment() {
   if ! user_environment_active && [[ -x $VENV/bin/python ]]; then
-    # Without bin/activate: that has the path of its creation baked in and fails in a moved checkout.
+    # Without bin/activate: that has the path of its creation baked in and fails once moved.
     export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
   fi
 }
 
-python_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+python_supported() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
 
 find_python() {
   local candidate
@@ -40,15 +45,17 @@ find_python() {
     fi
   done
   die "no Python 3.10-3.13 among ${PYTHON:-python3, python, python3.10 ... python3.13};" \
-    "$(python3 --version 2>&1 || true) is what python3 gives. Install one, or name it: PYTHON=/path/to/python3.11"
+    "$(python3 --version 2>&1 || true) is what python3 gives. Install one, or name it:" \
+    "PYTHON=/path/to/python3.11"
 }
 
 create_venv() {
   local python
   python=$(find_python) || exit 1
   say "creating .venv with $("$python" --version) ($python)"
-  "$python" -m venv "$VENV" || die "python -m venv failed. On Debian and Ubuntu it needs the package" \
-    "python3-venv; an active virtualenv or conda environment is used as it is."
+  "$python" -m venv "$VENV" ||
+    die "python -m venv failed. On Debian and Ubuntu it needs the package python3-venv;" \
+      "an active virtualenv or conda environment is used as it is."
 }
 
 torch_in_range() {
@@ -58,23 +65,27 @@ raise SystemExit(not (2, 11) <= tuple(map(int, version("torch").split(".")[:2]))
 EOF
 }
 
-requirements_hash() { # of the interpreter, the requirements (dev includes the others), the pins and the torch index
+# of the interpreter, the requirements (dev includes the others), the pins and the torch index
+requirements_hash() {
   (cd "$REPO_ROOT" && python - "${TORCH_INDEX_URL:-}" requirements*.txt constraints.txt) <<'EOF'
 import hashlib, pathlib, sys
-texts = [sys.version, sys.prefix, sys.argv[1], *(pathlib.Path(name).read_text() for name in sys.argv[2:])]
+files = [pathlib.Path(name).read_text() for name in sys.argv[2:]]
+texts = [sys.version, sys.prefix, sys.argv[1], *files]
 print(hashlib.sha256("\0".join(texts).encode()).hexdigest())
 EOF
 }
 
-install_torch() { # first and alone: the largest download, and the one that may come from an index of its own
+# first and alone: the largest download, and the one that may come from an index of its own
+install_torch() {
   if torch_in_range; then
-    say "keeping torch $(python -c 'from importlib.metadata import version; print(version("torch"))')"
+    say "keeping torch $(python -c 'import importlib.metadata as m; print(m.version("torch"))')"
     return
   fi
-  say "installing torch (hundreds of MB; the CPU build is enough without an NVIDIA GPU, see INSTALL.md)"
+  say "installing torch (hundreds of MB; without an NVIDIA GPU the CPU build does, see INSTALL.md)"
   local index=()
   if [[ -n ${TORCH_INDEX_URL:-} ]]; then index=(--index-url "$TORCH_INDEX_URL"); fi
-  python -m pip install --disable-pip-version-check ${index[@]+"${index[@]}"} --constraint "$REPO_ROOT/constraints.txt" torch ||
+  python -m pip install --disable-pip-version-check ${index[@]+"${index[@]}"} \
+    --constraint "$REPO_ROOT/constraints.txt" torch ||
     die "pip could not install torch; its message is above"
 }
 
@@ -85,7 +96,8 @@ install_requirements() {
   # torch is settled by now, and a user's own build of it stays
   grep -v '^torch==' "$REPO_ROOT/constraints.txt" >"$pins"
   say "installing $1"
-  python -m pip install --disable-pip-version-check --requirement "$REPO_ROOT/$1" --constraint "$pins" || {
+  python -m pip install --disable-pip-version-check \
+    --requirement "$REPO_ROOT/$1" --constraint "$pins" || {
     rm -f "$pins"
     die "pip could not install $1; its message is above"
   }
@@ -94,10 +106,13 @@ install_requirements() {
 
 ensure_environment() {
   local requirements=$1 stamps hash included
-  if ! user_environment_active && ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then create_venv; fi
+  if ! user_environment_active && ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    create_venv
+  fi
   activate_environment
-  python_supported python || die "$(python --version 2>&1) in ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}: Python 3.10-3.13 is" \
-    "needed. Deactivate or remove that environment, or name another interpreter with PYTHON=..."
+  python_supported python ||
+    die "$(python --version 2>&1) in ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}: Python 3.10-3.13 is" \
+      "needed. Deactivate or remove that environment, or name another interpreter with PYTHON=..."
   hash=$(requirements_hash)
   stamps=${VIRTUAL_ENV:-$CONDA_PREFIX}/.visual-opsd
   if [[ $(cat "$stamps-$requirements" 2>/dev/null) == "$hash" ]]; then return; fi

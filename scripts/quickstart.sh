@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The whole pipeline on the embedded miniature, on a laptop: install, draw data, KL diagnostic, OPSD and its
-# noise control through the launchers, gap closing, accuracy, demo, one table.
+# The whole pipeline on the embedded miniature, on a laptop: install, draw data, KL diagnostic, OPSD
+# and its noise control through the launchers, gap closing, accuracy, demo, one table. On the CPU,
+# with or without GPUs.
 #   bash scripts/quickstart.sh [--seed N] [--steps N]
-# Writes results/quickstart/summary.{json,md,png}; about ten minutes on two cores after the installation.
+# Writes results/quickstart/summary.{json,md,png}; about ten minutes on two cores after the
+# installation.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO_ROOT"
 
-usage() { sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 seed=0 steps=""
 while (($#)); do
   case $1 in
@@ -18,32 +20,45 @@ while (($#)); do
   esac
 done
 
+[[ $seed =~ ^[0-9]+$ ]] || die "--seed $seed: give a whole number, 0 or more"
+[[ -z $steps || $steps =~ ^[1-9][0-9]*$ ]] || die "--steps $steps: give a whole number, 1 or more"
+
+base=models/mini-base out=results/quickstart trained=checkpoints/quickstart
+[[ -f $base/model.safetensors ]] ||
+  die "$base/model.safetensors is missing. It comes with the repository; to make it again:" \
+    "bash scripts/make_mini_base.sh"
 ensure_environment requirements.txt
 
-base=models/mini-base out=results/quickstart
 preset=(--preset data/configs/mini.yaml)
 sources=(--dataset_config_file data/configs/mini_opsd.yaml)
 export VISUAL_OPSD_DATA_ROOT=datasets/mini-seed$seed
 export NPROC_PER_NODE=${NPROC_PER_NODE:-2} PYTHONUNBUFFERED=1
 started=$SECONDS
-step() { printf '\n== %s  (%d min %02d s)\n' "$*" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
+step() {
+  local elapsed=$((SECONDS - started))
+  printf '\n== %s  (%d min %02d s)\n' "$*" $((elapsed / 60)) $((elapsed % 60))
+}
 launch() { bash "scripts/visual_opsd/$1" "$base" "${@:2}"; }
 
-rm -rf "$out" checkpoints/quickstart
+# the trainer refuses a folder that holds checkpoints
+rm -rf "$out" "$trained"
 
 step "1/8 data: four task families, parquet shards in the released schema"
-if [[ -d $VISUAL_OPSD_DATA_ROOT ]]; then
+# the last family that appears: an interrupted drawing leaves an empty folder
+if [[ -d $VISUAL_OPSD_DATA_ROOT/Chart_Refocus ]]; then
   echo "keeping $VISUAL_OPSD_DATA_ROOT"
 else
   python -m data.miniworld --output "$VISUAL_OPSD_DATA_ROOT" --seed "$seed"
 fi
 
 step "2/8 KL diagnostic: do the visual thoughts move the base's predictions (Eq. 4)?"
-diagnostic=("${sources[@]}" --split test --batch_size 50)
+diagnostic=("${sources[@]}" --split test --batch_size 50 --seed "$seed" --device cpu)
 launch run_kl_diagnostic.sh 400 "$out/kl_base" "${diagnostic[@]}"
 
 training=("${preset[@]}" --global_seed "$seed" --data_seed "$seed")
 if [[ -n $steps ]]; then training+=(--total_steps "$steps"); fi
+# the preset's warm-up does not fit into a run this short
+if ((${steps:-20} < 20)); then training+=(--warmup_steps $((steps / 2))); fi
 for arm in opsd noise; do
   name=quickstart/$arm
   if [[ $arm == opsd ]]; then
@@ -56,24 +71,26 @@ for arm in opsd noise; do
 done
 
 step "5/8 gap closing: how much of the KL is left (Eq. 9)?"
-students=(--student_path opsd=checkpoints/quickstart/opsd/latest noise=checkpoints/quickstart/noise/latest)
+students=(--student_path "opsd=$trained/opsd/latest" "noise=$trained/noise/latest")
 launch run_kl_diagnostic.sh 400 "$out/gap_dataset" "${diagnostic[@]}" "${students[@]}"
-launch run_kl_diagnostic.sh 400 "$out/gap_sample" "${diagnostic[@]}" "${students[@]}" --completion sample
+launch run_kl_diagnostic.sh 400 "$out/gap_sample" "${diagnostic[@]}" "${students[@]}" \
+  --completion sample --max_new_tokens 24
 
 step "6/8 accuracy on test data"
 accuracy() { # NAME CHECKPOINT CONTEXT
   python -m eval.run --model_path "$2" "${sources[@]}" --split test --context "$3" \
-    --max_new_tokens 24 --batch_size 125 --seed "$seed" --output_dir "$out/accuracy/$1"
+    --max_new_tokens 24 --batch_size 125 --seed "$seed" --device cpu \
+    --output_dir "$out/accuracy/$1"
 }
 accuracy base "$base" student
 accuracy base_vt "$base" teacher
 accuracy base_noise_vt "$base" teacher_noise
-accuracy opsd checkpoints/quickstart/opsd/latest student
-accuracy noise checkpoints/quickstart/noise/latest student
+accuracy opsd "$trained/opsd/latest" student
+accuracy noise "$trained/noise/latest" student
 
 step "7/8 the student answers a question about an image"
-python -m examples.inference_demo --model_path checkpoints/quickstart/opsd/latest --example Visual_Search \
-  --save_image "$out/demo.png" --max_new_tokens 24
+python -m examples.inference_demo --model_path "$trained/opsd/latest" --device cpu \
+  --example Visual_Search --save_image "$out/demo.png" --max_new_tokens 24
 
 step "8/8 summary"
 python -m eval.report --results_dir "$out" --seed "$seed"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests need (once), then run them. Arguments go to pytest: bash scripts/test.sh -k losses
+# Install what the tests need (once), then run them. Arguments go to pytest:
+#   bash scripts/test.sh -k losses
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO_ROOT"

@@ -2,14 +2,17 @@
 
 import importlib.util
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from modeling.attention import CachedPlan, FlashPlan, FlexPlan, SDPAPlan, packed_plan, split_mask
+from modeling.bagel import text_logits
 from modeling.config import LLMConfig
 from modeling.kv_cache import KVCache
-from modeling.sequence import Split
+from modeling.sequence import Split, Text, pack
+from tests.tiny_model import TOKENS, random_image, tiny_bagel
 
 E = 8  # head_dim
 gpu = pytest.mark.gpu
@@ -211,23 +214,44 @@ def test_flash_without_the_package_names_the_remedy():
         packed_plan([(Split(1, "causal"),)], "cpu", "flash")
 
 
+def oracle_kernel(q, k, v, causal):
+    """The CUDA kernel of flash-attn, in float64; like it, it takes one dtype only."""
+    assert q.dtype == k.dtype == v.dtype
+    ahead = k.shape[1] - q.shape[1]
+    limit = [ahead + i + 1 if causal else k.shape[1] for i in range(q.shape[1])]
+    return dense(q[0], k[0], v[0], [list(range(n)) for n in limit])[None]
+
+
 def test_flash_splits_reach_the_kernel_with_their_prefixes(monkeypatch):
     """The calls FlashPlan makes, run through the oracle instead of the CUDA kernel."""
 
-    class Module:
-        @staticmethod
-        def flash_attn_func(q, k, v, causal):
-            ahead = k.shape[1] - q.shape[1]
-            limit = [ahead + i + 1 if causal else k.shape[1] for i in range(q.shape[1])]
-            return dense(q[0], k[0], v[0], [list(range(n)) for n in limit])[None]
-
-    monkeypatch.setattr("modeling.attention.importlib.import_module", lambda name: Module)
+    kernel = SimpleNamespace(flash_attn_func=oracle_kernel)
+    monkeypatch.setattr("modeling.attention.importlib.import_module", lambda name: kernel)
     samples = random_samples(3, modes=("causal", "full"))
     q, k, v = heads(samples, 4, 2)
     out = FlashPlan(samples)(q, k, v)
     torch.testing.assert_close(out, oracle(q, k, v, samples), atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match="cannot hide noise splits"):
         FlashPlan([(Split(2, "noise"),)])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "flash"])
+def test_autocast_hands_one_dtype_to_every_backend(monkeypatch, backend):
+    """Norms and rotation are float32 under autocast, values are not; kernels refuse a mixture."""
+    if backend == "flash":
+        kernel = SimpleNamespace(
+            flash_attn_func=lambda *x, causal: oracle_kernel(*x, causal).to(x[0])
+        )
+        monkeypatch.setattr("modeling.attention.importlib.import_module", lambda name: kernel)
+    model = tiny_bagel().requires_grad_(False)
+    batch = pack([[random_image(2, 3), Text((30, 31, 32), loss=True)]], TOKENS)
+    exact = model(batch, head=text_logits)
+    model.attention_backend = backend
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(batch, head=text_logits)
+    assert rounded.dtype == torch.bfloat16
+    error = float((rounded - exact).abs().max())
+    assert 0 < error < 0.05 * float(exact.abs().max())
 
 
 def cuda_or_skip():

@@ -11,6 +11,7 @@ import yaml
 
 from data.mixture import GROUPS, MixtureConfig
 from train.config import (
+    RANK_ZERO_HEAD_START,
     DataArguments,
     DistillArguments,
     ModelArguments,
@@ -21,6 +22,7 @@ from train.config import (
     parse_sft,
     save_config,
 )
+from train.config import main as check_flags
 from train.optim import OptimConfig
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +128,7 @@ def test_preset_changes_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--jsd_betta", "0.5"], "--jsd_betta"),
+        (["--jsd_betta", "0.5"], "error: unrecognized arguments: --jsd_betta 0.5"),
         (["--jsd_bet", "0.5"], "--jsd_bet"),
         (["--total_step=3"], "--total_step"),
         (["stray"], "stray"),
@@ -200,8 +202,56 @@ def test_no_traceback_and_status_two_from_the_shell():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("python -m train.opsd: error: unrec")
-    assert "--jsd_betta" in done.stderr
+    said = "python -m train.opsd: error: unrecognized arguments: --jsd_betta 0.5"
+    assert done.stderr.splitlines()[1:] == [said]  # below the usage
+
+
+@pytest.mark.parametrize("argv", [["--jsd_betta", "0.5"], ["--lr", "fast"], ["--lr", "-1"]])
+def test_only_rank_zero_speaks_and_it_may_finish(capsys, monkeypatch, argv):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "0")
+    assert "error: " in rejected(capsys, parse_opsd, *argv)
+    assert waited == []
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as exit_:
+        parse_opsd(argv)
+    assert exit_.value.code == 2
+    assert capsys.readouterr() == ("", "")
+    assert waited == [RANK_ZERO_HEAD_START]
+
+
+def test_only_rank_zero_helps(capsys, monkeypatch):
+    for rank, shown in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit_:
+            parse_sft(["--help"])
+        assert exit_.value.code == 0
+        out, err = capsys.readouterr()
+        assert (("--total_steps" in out), err) == (shown, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["opsd", "--teacher_mode", "self"], 0, ""),
+        (["sft", "--teacher_mode", "self"], 2, "unrecognized arguments: --teacher_mode self"),
+        (["rl"], 2, "invalid choice: 'rl'"),
+        ([], 2, "required: trainer"),
+    ],
+)
+def test_the_check_of_flags_alone(capsys, monkeypatch, argv, code, said):
+    monkeypatch.setattr("sys.argv", ["config.py", *argv])
+    try:
+        check_flags()
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert bool(err) == bool(code)
 
 
 def test_every_field_has_a_reader():

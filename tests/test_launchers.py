@@ -1,4 +1,6 @@
-"""The launchers: which command each of them builds, in a clean environment, without running it."""
+"""The launchers: which command each of them builds, in a clean environment, without running it;
+what they say to a mistake; the commands of the quickstart.
+"""
 
 import shlex
 import shutil
@@ -7,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from eval.kl_diagnostic import parse as parse_diagnostic
+from eval.run import parse as parse_accuracy
+from examples.inference_demo import parse as parse_demo
+from train.config import parse_opsd, parse_sft
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = ROOT / "scripts" / "visual_opsd"
@@ -159,7 +166,6 @@ def test_kl_diagnostic() -> None:
     assert flags(command) == {
         "--model_path": "models/ThinkMorph-7B",
         "--output_dir": "results/visual_opsd_kl_diagnostic",
-        "--seed": "42",
     }
     given = flags(argv("run_kl_diagnostic", "m", "40", "out", "--batch_size", "4"))
     assert (given["--num_samples"], given["--output_dir"], given["--batch_size"]) == (
@@ -241,6 +247,68 @@ def test_several_nodes_without_an_address_is_an_error() -> None:
     assert result.stdout == ""
 
 
+def test_several_nodes_without_a_node_rank_is_an_error() -> None:
+    cluster = {"NNODES": "2", "MASTER_ADDR": "head"}
+    result = run("run_visual_opsd", **cluster)
+    assert result.returncode != 0
+    assert "set NODE_RANK" in result.stderr
+    assert result.stdout == ""
+    assert torchrun_flags(argv("run_visual_opsd", **cluster, NODE_RANK="0"))["--node_rank"] == "0"
+    alone = argv("run_visual_opsd", MASTER_ADDR="head")  # the only node needs no rank
+    assert torchrun_flags(alone)["--node_rank"] == "0"
+
+
+def launched(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """A launcher for real, with this interpreter and a torchrun that may not be reached."""
+    command = ["bash", str(LAUNCHERS / f"{name}.sh"), *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def real_python(tmp_path: Path) -> dict[str, str]:
+    tool(tmp_path, "torchrun", "echo torchrun was started")
+    path = tool(tmp_path, "python", f'exec {sys.executable} "$@"')
+    return {"PATH": f"{path}/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("run_visual_opsd_noise", "opsd"), ("run_sft_baseline", "sft")]
+)
+def test_an_unknown_flag_ends_in_one_line(
+    name: str, module: str, real_python: dict[str, str]
+) -> None:
+    result = launched(name, "--foo", "3", RANK="1", **real_python)
+    assert result.returncode == 2
+    said = f"python -m train.{module}: error: unrecognized arguments: --foo 3"
+    assert result.stderr.splitlines()[1:] == [said]  # below the usage
+    assert result.stdout == ""
+
+
+def test_a_bad_preset_value_ends_in_one_line(tmp_path: Path, real_python: dict[str, str]) -> None:
+    preset = tmp_path / "bad.yaml"
+    preset.write_text("opsd: {lr: fast}")
+    result = launched("run_visual_opsd", "--preset", str(preset), **real_python)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[1:] == [
+        f"python -m train.opsd: error: --preset {preset}: lr: 'fast' is not a number"
+    ]
+    assert result.stdout == ""
+
+
+def test_help_comes_from_the_trainer_alone(real_python: dict[str, str]) -> None:
+    result = launched("run_visual_opsd", "--help", **real_python)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("usage: python -m train.opsd")
+    assert result.stdout.count("--jsd_beta ") == 1
+    assert "torchrun" not in result.stdout
+
+
+def test_good_flags_reach_torchrun(real_python: dict[str, str]) -> None:
+    result = launched("run_visual_opsd", "--lr", "1e-4", **real_python)
+    assert (result.returncode, result.stdout) == (0, "torchrun was started\n"), result.stderr
+
+
 def test_missing_torchrun_names_the_remedy(tmp_path: Path) -> None:
     checkout = tmp_path / "repo"
     shutil.copytree(ROOT / "scripts", checkout / "scripts")  # without .venv
@@ -263,7 +331,8 @@ def test_the_repository_environment_is_used_unless_another_is_active(tmp_path: P
     command = ["bash", str(checkout / "scripts" / "visual_opsd" / "run_visual_opsd.sh")]
     env = {"PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert result.stdout.strip() == f"torchrun of .venv in {checkout / '.venv'}"
+    used = [f"{name} of .venv in {checkout / '.venv'}" for name in ("python", "torchrun")]
+    assert result.stdout.splitlines() == used  # the check of the flags, then the run
     active = env | {"VIRTUAL_ENV": str(tmp_path)}
     result = subprocess.run(command, env=active, capture_output=True, text=True, timeout=60)
     assert "of .venv" not in result.stdout
@@ -321,3 +390,106 @@ def test_a_failed_installation_is_not_remembered(tmp_path: Path) -> None:
         result = ensure_environment(tmp_path, **env)
         assert result.returncode == 1
         assert "pip could not install" in result.stderr
+
+
+def dry_run(root: Path, script: str, *args: str) -> subprocess.CompletedProcess:
+    """A script of a copy, on a machine with GPUs, in an active environment whose commands only
+    write down their arguments, one per line, and a blank line after each command.
+    """
+    log, active = root / "commands", root / "active" / "bin"
+    active.mkdir(parents=True, exist_ok=True)
+    tool(active, "nvidia-smi", "seq -f 'GPU %g: A' 0 7")
+    for name in ("python", "torchrun"):
+        path = tool(active, name, f"printf '%s\\n' {name} \"$@\" '' >>'{log}'")
+    return subprocess.run(
+        ["bash", str(root / "scripts" / script), *args],
+        env={"PATH": f"{path}/usr/bin:/bin", "VIRTUAL_ENV": str(active.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def commands(root: Path, module: str) -> list[list[str]]:
+    """What `dry_run` wrote down behind `-m MODULE`, a list of flags per command."""
+    words = [text.splitlines() for text in (root / "commands").read_text().split("\n\n")]
+    return [line[line.index(module) + 1 :] for line in words if module in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The scripts with a base, and what an earlier quickstart left."""
+    monkeypatch.chdir(ROOT)  # from where flags name presets
+    root = tmp_path / "repo"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    for file in ("models/mini-base/model.safetensors", "results/quickstart/summary.md"):
+        (root / file).parent.mkdir(parents=True)
+        (root / file).touch()
+    return root
+
+
+def test_quickstart_stays_on_the_cpu_and_passes_its_seed_on(checkout: Path) -> None:
+    result = dry_run(checkout, "quickstart.sh", "--seed", "7")
+    assert result.returncode == 0, result.stderr
+    assert not (checkout / "results" / "quickstart").exists()
+
+    opsd, noise = (parse_opsd(flags) for flags in commands(checkout, "train.opsd"))
+    assert (opsd.distill.noise_vt, noise.distill.noise_vt) == (False, True)
+    for arm in (opsd, noise):
+        assert (arm.model.device, arm.run.global_seed, arm.data.data_seed) == ("cpu", 7, 7)
+    assert "--nproc_per_node\n2\n" in (checkout / "commands").read_text()
+
+    measured = [parse_diagnostic(flags) for flags in commands(checkout, "eval.kl_diagnostic")]
+    assert [args.completion for args in measured] == ["dataset", "dataset", "sample"]
+    assert measured[-1].max_new_tokens == opsd.sampling.sample_max_new_tokens
+    measured += [parse_accuracy(flags) for flags in commands(checkout, "eval.run")]
+    assert [(args.device, args.seed) for args in measured] == [("cpu", 7)] * 8
+    [demo] = commands(checkout, "examples.inference_demo")
+    assert parse_demo(demo).device == "cpu"
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 4), (19, 9), (20, 10), (1000, 10)])
+def test_quickstart_of_any_length_has_a_warmup_that_fits(
+    checkout: Path, steps: int, warmup: int
+) -> None:
+    result = dry_run(checkout, "quickstart.sh", "--steps", str(steps))
+    assert result.returncode == 0, result.stderr
+    arms = [parse_opsd(flags).optim for flags in commands(checkout, "train.opsd")]
+    assert [(arm.total_steps, arm.warmup_steps) for arm in arms] == [(steps, warmup)] * 2
+
+
+@pytest.mark.parametrize("bad", [("--steps", "0"), ("--steps", "many"), ("--seed", "-1")])
+def test_quickstart_refuses_what_is_no_number(checkout: Path, bad: tuple[str, str]) -> None:
+    result = dry_run(checkout, "quickstart.sh", *bad)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {' '.join(bad)}: give a whole number")
+    assert (checkout / "results" / "quickstart" / "summary.md").exists()
+
+
+def test_quickstart_without_a_base_keeps_the_last_results_and_names_the_remedy(
+    checkout: Path,
+) -> None:
+    shutil.rmtree(checkout / "models")
+    result = dry_run(checkout, "quickstart.sh")
+    assert result.returncode == 1
+    assert "models/mini-base/model.safetensors is missing" in result.stderr
+    assert "bash scripts/make_mini_base.sh" in result.stderr
+    assert (checkout / "results" / "quickstart" / "summary.md").exists()
+    assert not (checkout / "commands").exists()
+
+
+def test_the_miniature_base_can_be_made_again_but_not_over_another(checkout: Path) -> None:
+    (checkout / "checkpoints" / "mini-base" / "0001600").mkdir(
+        parents=True
+    )  # of an earlier attempt
+    refused = dry_run(checkout, "make_mini_base.sh")
+    assert refused.returncode == 1
+    assert "models/mini-base exists: move it away, or name another folder" in refused.stderr
+    assert not (checkout / "commands").exists()
+
+    made = dry_run(checkout, "make_mini_base.sh", "models/other")
+    assert made.returncode == 0, made.stderr
+    assert (checkout / "models" / "other").is_dir()
+    [config] = [parse_sft(flags) for flags in commands(checkout, "train.sft")]
+    assert config.run.overwrite is True
+    assert config.model.device == "cpu"

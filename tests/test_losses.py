@@ -407,6 +407,27 @@ def test_projection_uses_the_wider_dtype(hidden):
     torch.testing.assert_close(narrow, expected)
 
 
+def test_projection_under_autocast_is_that_of_narrow_states_and_weights(hidden):
+    """An unsharded run (autocast) and a sharded one (weights gathered in bfloat16) score alike."""
+    rows, teacher_rows = (x.float() for x in hidden)
+    wide = nn.Linear(6, 40, bias=False)
+    narrow = copy.deepcopy(wide).bfloat16()
+    config, ids, weights = JSDConfig(0.5, 7), torch.arange(11), torch.ones(11)
+
+    def scores(rows, teacher_rows, head):
+        out = chunked_jsd(rows, head, teacher_topk(teacher_rows, head, config, 4), config, weights)
+        return chunked_logprobs(rows, head, ids, chunk_rows=4), out.row_jsd, out.student_entropy
+
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = scores(rows, teacher_rows, wide)
+    gathered = scores(rows.bfloat16(), teacher_rows.bfloat16(), narrow)
+    exact = scores(rows, teacher_rows, wide)
+    for ours, theirs, other in zip(under_autocast, gathered, exact, strict=True):
+        assert ours.dtype == torch.float32  # what follows the product
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, other)
+
+
 def test_diagnostics_are_not_repeated_in_the_backward_pass(head, hidden, monkeypatch):
     calls = []
     original = train.losses._student_diagnostics

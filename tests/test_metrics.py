@@ -1,5 +1,6 @@
 """Metric logging: exact global means, files that survive a resume, optional dashboards."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -10,7 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.training import WORLD, sft_config
 from train.metrics import MetricLogger
+from train.session import open_metrics
 
 
 def lines(path):
@@ -99,7 +102,8 @@ def test_progress_bar_follows_the_steps(capsys):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_missing_dashboard_is_an_error_on_every_rank(monkeypatch, package, wanted, rank):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
+    (flag,) = wanted
+    with pytest.raises(ModuleNotFoundError, match=f"^--{flag} needs .*pip install {package}"):
         MetricLogger(None, total_steps=1, rank=rank, progress=False, **wanted)
 
 
@@ -116,6 +120,23 @@ def test_wandb_receives_the_reported_values(monkeypatch):
             logger.observe(loss=step)
             logger.log(step)
     assert calls == [("opsd", {"lr": 1}), (2, {"loss": 1.5}), "end"]
+
+
+def test_wandb_is_told_the_whole_configuration(monkeypatch, tmp_path):
+    told = []
+    run = SimpleNamespace(finish=lambda: None)
+    fake = SimpleNamespace(init=lambda project, config: told.append((project, config)) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = sft_config(tmp_path, wandb_project="opsd", lr=0.25)
+    open_metrics(config, WORLD).close()
+    assert told == [("opsd", dataclasses.asdict(config))]
+    assert told[0][1]["optim"]["lr"] == 0.25
+
+
+def test_reports_says_when_log_does():
+    with MetricLogger(None, total_steps=5, log_every=2, progress=False) as logger:
+        for step in range(1, 6):
+            assert logger.reports(step) == (logger.log(step) is not None) == (step in (2, 4, 5))
 
 
 def test_log_every_must_be_positive():

@@ -10,8 +10,10 @@ import yaml
 from torch import nn
 
 from modeling.bagel import text_logits
+from modeling.generation import Rollout, Round, SamplingParams
 from modeling.pretrained import is_generation_key, load_pretrained
 from modeling.sequence import pack
+from tests.data_helpers import cell, png, record, write_source
 from tests.training import (
     WORLD,
     base_processor,
@@ -140,6 +142,18 @@ def test_ema_is_the_closed_form_of_the_students(tmp_path):
     assert largest_difference(students[0], students[-1]) > 1e-3
 
 
+def test_drift_is_the_distance_of_teacher_and_student(tmp_path):
+    flags = {"total_steps": 3, "log_every": 2, "save_every": 1, "ema_decay": 0.5, "lr": 1e-2}
+    lines = run_opsd(tmp_path, **flags)
+    for line, step in zip(lines, (2, 3), strict=True):
+        student, teacher = (weights_of(tmp_path, step, name) for name in ("model", "ema"))
+        keys = [key for key in student if not is_generation_key(key)]
+        gaps = torch.cat([(student[k].double() - teacher[k].double()).flatten() for k in keys])
+        rms = float(gaps.square().mean().sqrt())
+        assert rms > 1e-4
+        assert line["teacher_drift"] == pytest.approx(rms, rel=1e-5)
+
+
 # ---- gradients --------------------------------------------------------------------------------
 
 
@@ -229,6 +243,38 @@ def test_rows_over_the_cap_and_empty_completions_are_counted_apart(tmp_path, mon
     monkeypatch.setattr(opsd, "sample", without_row_five_and_six)
     (line,) = run_opsd(tmp_path, total_steps=1, global_batch=8, sample_temperature=0)
     assert (line["over_cap"], line["empty_completions"]) == (1 / 8, 2 / 8)
+
+
+def test_damaged_visual_thoughts_are_counted_per_row(tmp_path):
+    torn, rows = cell(png(3)[:40]), []
+    for index in range(4):  # one, two and no damaged ones beside a good one
+        damaged = {f"reasoning_image_{1 + i}": torn for i in range((1, 2, 0, 0)[index])}
+        rows.append(
+            record(index, **{"reasoning_image_1": None, "reasoning_image_2": None, **damaged})
+        )
+    write_source(tmp_path / "datasets", "Toy", rows)
+    mixture = tmp_path / "toy.yaml"
+    mixture.write_text("visual_opsd: {dataset_names: [Toy]}\n")
+    flags = {"dataset_config_file": mixture, "data_root": tmp_path / "datasets"}
+    (line,) = run_opsd(tmp_path, total_steps=1, **flags)
+    assert (line["skipped_vts"], line["skipped_records"]) == (3 / 4, 0)
+
+
+@pytest.mark.parametrize(("temperature", "calls"), [(0.0, 1), (1.0, 1 + rollout.MAX_RESAMPLES)])
+def test_greedy_decoding_does_not_write_an_empty_row_again(
+    tmp_path, monkeypatch, temperature, calls
+):
+    seen = []
+
+    def nothing(model, contexts, tokenizer, params, seeds, budgets):
+        seen.append(len(contexts))
+        return [Rollout((Round((), "eos", (0.0,)),)) for _ in contexts]
+
+    monkeypatch.setattr(rollout, "generate", nothing)
+    config, processor = opsd_config(tmp_path), base_processor()
+    prompts = prepare(draws(config), processor, config.sampling, 0, 5, False)
+    assert sample(None, prompts, processor, SamplingParams(8, temperature), 0, 5) == []
+    assert seen == [len(prompts)] * calls
 
 
 def test_dropped_rows_change_no_mean(tmp_path, monkeypatch):
@@ -327,7 +373,7 @@ def test_command_line_run_leaves_metrics_config_and_checkpoints(tmp_path, monkey
     names = {
         *("step", "loss", "lr", "grad_norm", "jsd", "student_entropy", "student_mass_outside"),
         *("clipped_share", "over_cap", "empty_completions", "completion_length", "ended_by_budget"),
-        *("image_skips", "shrunk_images", "skipped_records"),
+        *("image_skips", "shrunk_images", "skipped_records", "skipped_vts", "teacher_drift"),
     }
     assert all(names <= line.keys() for line in lines)
     assert all(math.isfinite(line[name]) for line in lines for name in names)

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -31,9 +32,11 @@ from tests.training import (
     workspace,
 )
 from train import opsd, sft
+from train.checkpoint import CheckpointWriter
 from train.config import ModelArguments, UsageError
-from train.parallel import RolloutCopy, distributed, full_params, full_state, wrap
+from train.parallel import RolloutCopy, World, distributed, full_params, full_state, wrap
 from train.rollout import prepare, sample
+from train.session import base_weights, exit_on_user_error
 from train.teacher import EMATeacher
 
 MESHES = {"fsdp": 2, "ddp": 1}  # num_shard of two processes
@@ -41,7 +44,7 @@ STEPS = 3
 PATIENCE = 240  # seconds; more than ten times what the processes need
 # AdamW steps that do not magnify rounding, a teacher that moves, one trajectory per forward
 FLAGS = {"total_steps": STEPS, "micro_batch": 1, "ema_decay": 0.5, "ce_weight": 0.1}
-LINEAR = {"eps": 0.1, "lr": 0.5, "min_lr": 0.0}
+LINEAR = {"eps": 0.1, "lr": 0.1, "min_lr": 0.0}
 
 
 def some_rows(rows, processor, sampling, step, *rest):
@@ -277,6 +280,64 @@ def test_sizes_that_do_not_fit_are_refused(monkeypatch, device, num_shard, globa
     arguments = ModelArguments(device=device)
     with pytest.raises(UsageError, match=message), distributed(arguments, num_shard, global_batch):
         pass
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    message = "LOCAL_RANK 2, torch sees 2: .*--nproc_per_node 2, NPROC_PER_NODE=2 .*--device cpu"
+    for device in ("cuda", "auto"):
+        arguments = ModelArguments(device=device)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(UsageError, match=message), distributed(arguments, 1, 1):
+            pass
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with distributed(arguments, 1, 1) as world:
+            assert world.device == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1)] * 2
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with distributed(ModelArguments(device="cpu"), 1, 1) as world:
+        assert world.device == torch.device("cpu")
+
+
+def test_ranks_wait_for_each_other_longer_than_sampling_takes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ModelArguments(device="cpu")
+    with mock.patch("train.parallel.dist") as dist, distributed(arguments, 1, 2):
+        pass
+    dist.init_process_group.assert_called_once_with("gloo", timeout=timedelta(hours=2))
+
+
+def test_no_rank_gathers_weights_while_another_writes(tmp_path, monkeypatch):
+    """Collectives of the sharding groups have a shorter limit than those over all ranks."""
+    events = []
+
+    class Recorded(World):
+        def barrier(self) -> None:
+            events.append("wait")
+
+    world = Recorded(**{**vars(WORLD), "rank": 1, "size": 2})
+    monkeypatch.setattr("train.checkpoint.full_state", lambda *_: events.append("gather") or {})
+    config = opsd_config(tmp_path)
+    model = load_pretrained(workspace() / "base")
+    writer = CheckpointWriter(config, model.config, base_processor(), base_weights(config), world)
+    writer.save(1, model, model)
+    assert events[:4] == ["gather", "wait", "gather", "wait"]
+
+
+@pytest.mark.parametrize(("rank", "start"), [(None, "error: "), (0, "error: "), (3, "[rank 3] ")])
+def test_every_rank_says_what_stopped_it(monkeypatch, capsys, rank, start):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as exit_, exit_on_user_error():
+        raise UsageError("--lr is odd")
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(start)
+    assert err.endswith("error: --lr is odd\n")
 
 
 def test_a_bfloat16_step_stays_close_and_keeps_float32_weights(tmp_path):

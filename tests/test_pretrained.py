@@ -93,7 +93,7 @@ def test_sharded_round_trip(full, tmp_path, limit):
 
 def test_understanding_only_leaves_the_rest_on_disk(full, folder):
     model = load_pretrained(folder)
-    assert not model.has_generation_expert and not hasattr(model, "vae2llm")
+    assert not hasattr(model, "vae2llm")
     wanted = {k: v for k, v in full.state_dict().items() if not is_generation_key(k)}
     assert_same_state(model, wanted)
     torch.testing.assert_close(
@@ -106,7 +106,7 @@ def test_all_experts_without_latent_heads(full, tmp_path):
     model = tiny_bagel(seed=1)
     save_pretrained(model.state_dict(), TINY_CONFIG, tmp_path, dtype=torch.float32)
     again = load_pretrained(tmp_path, experts="all")
-    assert again.has_generation_expert and not hasattr(again, "vae2llm")
+    assert not hasattr(again, "vae2llm")
     assert_same_state(again, model.state_dict())
 
 
@@ -250,14 +250,19 @@ def test_weights_that_do_not_fit_are_named(folder, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_pretrained(folder)
     assert str(folder / "model.safetensors") in str(error.value)
+    assert "experts=" not in str(error.value)
 
 
 def test_missing_generation_expert_names_the_remedy(full, tmp_path):
     model = Bagel(TINY_CONFIG, generation_expert=False)
     save_pretrained(model.state_dict(), TINY_CONFIG, tmp_path)
     load_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="missing .*moe_gen.*experts='und'"):
+    with pytest.raises(CheckpointError, match="missing .*moe_gen.*experts='und' opens the rest"):
         load_pretrained(tmp_path, experts="all")
+    rewrite(tmp_path, drop("connector.fc1.bias"))  # und would not open either
+    with pytest.raises(CheckpointError, match="missing .*connector.fc1.bias") as error:
+        load_pretrained(tmp_path, experts="all")
+    assert "experts=" not in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, -100])

@@ -9,10 +9,12 @@ import torch
 from data.contexts import sft_sequence
 from data.mixture import load_mixture
 from data.streams import stream_seed
+from data.transforms import ImageTransform
 from modeling.bagel import text_logits
 from modeling.pretrained import is_generation_key, load_pretrained
 from modeling.sequence import Image, pack
 from tests.training import (
+    WORLD,
     base_processor,
     draws,
     largest_difference,
@@ -25,6 +27,7 @@ from tests.training import (
     workspace,
 )
 from train import sft
+from train.config import UsageError
 
 TASKS = "Visual_Search, Spatial_Navigation, Jigsaw_Assembly, Chart_Refocus"
 LINEAR = {"eps": 0.1, "lr": 0.5, "min_lr": 0.0}  # AdamW steps that do not magnify rounding
@@ -158,12 +161,32 @@ def test_each_context_has_its_images_and_one_target(tmp_path, mixed):
     assert seen == {"student": 1, "teacher": 2, "teacher_noise": 2}
 
 
+def test_a_mixture_may_set_the_image_limits(tmp_path, mixed):
+    config = sft_config(tmp_path, dataset_config_file=mixed)
+    own = base_processor()
+    assert sft.open_processor(config, sft.open_mixture(config)).transform == own.transform
+    limits = "{max_image_size: 84, min_image_size: 28, image_stride: 14, max_pixels: 7056}"
+    mixed.write_text(mixed.read_text() + f"  vit_image_transform_args: {limits}\n")
+    opened = sft.open_processor(config, sft.open_mixture(config))
+    assert opened.transform == ImageTransform(84, 28, 14, 7056) != own.transform
+    assert opened.prompts == own.prompts
+    assert opened.tokenizer.encode("<think>") == own.tokenizer.encode("<think>")
+
+
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+def test_backends_that_cannot_train_on_the_cpu_are_refused(tmp_path, backend):
+    config = sft_config(tmp_path, attention_backend=backend)
+    with pytest.raises(UsageError, match=f"--attention_backend {backend} .*use sdpa"):
+        sft.train(config, WORLD)
+
+
 def test_command_line_run_has_no_teacher_and_counts_updates(tmp_path, monkeypatch):
     argv = sft_argv(tmp_path, total_steps=3, save_every=2, log_every=2)
     monkeypatch.setattr(sys, "argv", ["sft.py", *argv])
     sft.main()
     assert [line["step"] for line in metric_lines(tmp_path)] == [2, 3]
-    assert {"step", "loss", "lr", "grad_norm"} <= metric_lines(tmp_path)[0].keys()
+    names = {"step", "loss", "lr", "grad_norm", "skipped_records", "skipped_vts"}
+    assert metric_lines(tmp_path)[0].keys() == names
     assert (tmp_path / "results" / "config.yaml").is_file()
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["0000002", "0000003", "latest"]

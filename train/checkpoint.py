@@ -90,6 +90,9 @@ class CheckpointWriter:
         for name, module in (("model", student), ("ema", ema)):
             if module is not None:
                 self._weights(aside, name, module)
+                # The main rank writes for long. The others wait for it here: the sharding groups,
+                # where they would meet next, have torch's short timeout.
+                self.world.barrier()
         if self.world.is_main:
             write_atomic(aside / "run.json", json.dumps(self._origin(step), indent=2) + "\n")
             _publish(aside, final)

@@ -4,13 +4,19 @@ run.
 A flag is a field name (`--jsd_beta 0.5`); booleans take a value (`--noise_vt True`). `--preset
 FILE` changes defaults (section of the entry point in a yaml file), flags given on the command line
 win.
+
+    python -m train.config opsd|sft [--flag value ...]     # only checks the flags
 """
 
+import argparse
 import dataclasses
+import os
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -24,6 +30,7 @@ from train.optim import OptimConfig
 from train.teacher import TeacherMode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RANK_ZERO_HEAD_START = 5  # seconds to report a bad flag; ranks do not finish importing together
 
 
 class UsageError(ValueError):
@@ -194,7 +201,7 @@ def _parse(
     cls: type, module: str, section: str, defaults: dict[str, Any], argv: Sequence[str] | None
 ) -> Any:
     parts = {f.name: f.type for f in dataclasses.fields(cls)}
-    parser = HfArgumentParser(
+    parser = _RankZeroParser(
         list(parts.values()),
         prog=f"python -m {module}",
         usage=f"python -m {module} [--flag value ...]  (--help lists the flags)",
@@ -202,20 +209,29 @@ def _parse(
         allow_abbrev=False,
     )
     parser.set_defaults(**defaults)
-    known, _ = parser.parse_known_args(argv)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if known.preset:
             parser.set_defaults(**read_preset(known.preset, section, _flag_types(parts)))
         return cls(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-    except ValueError as error:  # bad values; unknown flags exit inside argparse
-        parser.error(_unknown_flags(error))
+    except ValueError as error:  # values that argparse lets through
+        parser.error(str(error))
 
 
-def _unknown_flags(error: ValueError) -> str:
-    """HfArgumentParser reports leftovers as a ValueError; say it as argparse does."""
-    text = str(error)
-    marker = "Some specified arguments are not used by the HfArgumentParser: "
-    return f"unrecognized arguments: {text[len(marker) :]}" if text.startswith(marker) else text
+class _RankZeroParser(HfArgumentParser):
+    """All ranks read the same command line; one of them says what there is to say."""
+
+    def error(self, message: str) -> NoReturn:
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(RANK_ZERO_HEAD_START)  # the first rank that fails takes the others along
+            sys.exit(2)
+        super().error(message)
+
+    def print_help(self, file: Any = None) -> None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            super().print_help(file)
 
 
 def _flag_types(parts: dict[str, type]) -> dict[str, Any]:
@@ -275,3 +291,18 @@ def save_config(config: SftConfig, path: str | Path) -> None:
     """Write the resolved configuration next to the results."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def main() -> None:
+    """Check the flags of a trainer in one process: exits with 0, or with 2 and one line."""
+    parsers = {"opsd": parse_opsd, "sft": parse_sft}
+    parser = argparse.ArgumentParser(
+        prog="python -m train.config", usage="%(prog)s {opsd,sft} [--flag value ...]"
+    )
+    parser.add_argument("trainer", choices=parsers, help="whose flags the rest are")
+    words = sys.argv[1:]
+    parsers[parser.parse_args(words[:1]).trainer](words[1:])
+
+
+if __name__ == "__main__":
+    main()

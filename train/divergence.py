@@ -1,7 +1,7 @@
 """Divergences between next-token distributions, on logits: the generalized JSD and the KL.
 
 All of them sum the pointwise terms of `divergence_from_logprobs`: there is one divergence for
-training, for the launch gates and for evaluation. `train.losses` applies them to hidden states.
+training and for evaluation. `train.losses` applies them to hidden states.
 
 Shapes: R completion rows, V vocabulary, K kept (top-k) entries.
 """

@@ -238,10 +238,12 @@ def _student_diagnostics(
 
 
 def _projection(hidden_rows: Tensor, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Hidden states to logits, in the wider dtype of the two.
+    """Hidden states to logits, in the wider dtype of the two; under autocast in its dtype.
 
-    bfloat16 logits are 0.06 to 0.125 apart at the usual magnitudes; hand over float32 hidden
-    states where that matters. The weight is converted once, not once per chunk.
+    So training in bfloat16 has bfloat16 logits, sharded (narrow states and gathered weights) or not
+    (autocast); every softmax over them is float32. They are 0.06 to 0.125 apart at the usual
+    magnitudes: where that matters, hand over float32 hidden states without autocast. The weight is
+    then converted once, not once per chunk.
     """
     dtype = torch.promote_types(hidden_rows.dtype, lm_head.weight.dtype)
     weight = lm_head.weight.to(dtype)

@@ -30,6 +30,7 @@ class MetricLogger:
     log_every: `log` reports at steps divisible by it, and at `total_steps`.
     gather: rank-local object -> list of all ranks' objects; torch.distributed when initialised.
     tensorboard_dir, wandb_project: asked for means needed; a missing package is an error.
+    config: settings of the run, kept by wandb.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class MetricLogger:
         self._counts: dict[str, int] = {}
         self._file = self._bar = self._board = self._wandb = None
         # Every rank looks for the packages: one that stops alone would leave the others waiting.
-        tensorboard = _needed("tensorboard", "--tensorboard") if tensorboard_dir else None
+        tensorboard = _needed("tensorboard", "--tensorboard_dir") if tensorboard_dir else None
         wandb = _needed("wandb", "--wandb_project") if wandb_project else None
         tqdm = _needed("tqdm", "the progress bar") if progress else None
         if rank != 0:
@@ -80,6 +81,10 @@ class MetricLogger:
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + count
 
+    def reports(self, step: int) -> bool:
+        """Whether `log` reports after `step` completed updates."""
+        return step % self.log_every == 0 or step == self.total_steps
+
     def log(self, step: int, **now: float) -> dict[str, float] | None:
         """Report after `step` completed updates: means since the last report, and `now` as is.
 
@@ -88,7 +93,7 @@ class MetricLogger:
         """
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-        if step % self.log_every and step != self.total_steps:
+        if not self.reports(step):
             return None
         line = {"step": step, **_means(self._gather(self._local_pairs())), **now}
         if self.rank == 0:

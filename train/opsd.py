@@ -7,6 +7,7 @@ For each optimizer step:
     the teacher follows as a moving average of the student.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +17,14 @@ from torch import Tensor, nn
 from modeling.sequence import PackedBatch, pack
 from modeling.tokenizer import SpecialTokens
 from train import losses
-from train.checkpoint import CheckpointWriter, claim_folders
-from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd, save_config
+from train.checkpoint import CheckpointWriter
+from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd
 from train.metrics import MetricLogger
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
-from train.parallel import RolloutCopy, World, distributed, wrap
+from train.parallel import RolloutCopy, World, wrap
 from train.rollout import Trajectory, placeholder, prepare, sample
 from train.session import (
     base_weights,
-    exit_on_user_error,
     observe_draws,
     open_loader,
     open_metrics,
@@ -32,8 +32,9 @@ from train.session import (
     open_model,
     open_optimizer,
     open_processor,
+    run,
 )
-from train.teacher import EMATeacher, Teacher, build_teacher
+from train.teacher import EMATeacher, Teacher, build_teacher, squared_distance
 
 
 def train(config: OpsdConfig, world: World) -> Path:
@@ -94,7 +95,10 @@ def train(config: OpsdConfig, world: World) -> Path:
             observe_rollouts(metrics, len(rows), len(prompts), trajectories)
             metrics.observe(loss=total, grad_norm=float(norm))
             done = step + 1
-            metrics.log(done, lr=lr)
+            now = {"lr": lr}
+            if metrics.reports(done):  # reads all parameters
+                now["teacher_drift"] = drift(teacher, student, world)
+            metrics.log(done, **now)
             if done % config.run.save_every == 0 or done == config.optim.total_steps:
                 last = writer.save(done, student, ema)
     return last
@@ -205,6 +209,12 @@ def _student_head(
     return {"loss": loss, **scored}
 
 
+def drift(teacher: Teacher, student: nn.Module, world: World) -> float:
+    """Root-mean-square distance of the teacher's parameters from the student's. Collective."""
+    squares, count = squared_distance(teacher.module, student)
+    return math.sqrt(world.sum(float(squares)) / world.sum(count))
+
+
 def observe_rollouts(
     metrics: MetricLogger, rows: int, prompts: int, trajectories: list[Trajectory]
 ) -> None:
@@ -223,17 +233,7 @@ def observe_rollouts(
 
 
 def main() -> None:
-    config = parse_opsd()
-    with (
-        exit_on_user_error(),
-        distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
-    ):
-        claim_folders(config, world)
-        if world.is_main:
-            save_config(config, f"{config.run.results_dir}/config.yaml")
-        last = train(config, world)
-        if world.is_main:
-            print(f"saved {last}")
+    run(parse_opsd(), train)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def check_finite(step: int, **values: float) -> None:
     if bad:
         listed = ", ".join(f"{name}={value}" for name, value in bad.items())
         raise NonFiniteError(
-            f"step {step}: {listed}; the update was not applied. Resume from the last checkpoint "
-            "with a lower learning rate or max_grad_norm, or look at the rows of this step"
+            f"step {step}: {listed}; the update was not applied. Start again with a lower --lr or "
+            "--max_grad_norm (the last folder in --checkpoint_dir, if there is one, is a valid "
+            "--model_path), or look at the rows of this step"
         )

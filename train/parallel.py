@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -24,6 +25,10 @@ from modeling.qwen2_mot import MoTDecoderLayer
 from modeling.siglip_navit import SiglipLayer
 from train.config import DTYPES, ModelArguments, UsageError
 from train.teacher import WRAPPER_NAMES
+
+# Of collectives over all ranks: sampling, or writing a checkpoint, may keep a rank away from them
+# for long, and torch's own limit (10 minutes on GPUs) would end the run.
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def distributed(model: ModelArguments, num_shard: int, global_batch: int) -> Ite
     """Join the processes that torchrun started (or run alone) and leave them at the end.
 
     Raises:
-        UsageError: sizes that do not divide, or cuda asked for where there is none.
+        UsageError: sizes that do not divide, cuda asked for where there is none, or more processes
+            than GPUs.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = _device(model.device)
@@ -75,7 +81,8 @@ def distributed(model: ModelArguments, num_shard: int, global_batch: int) -> Ite
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield World(rank, size, shard, device, DTYPES[dtype])
         if size > 1:  # gloo may abort a rank whose peers have left already
@@ -90,7 +97,14 @@ def _device(name: str) -> torch.device:
         raise UsageError("--device cuda, but torch sees no GPU: use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UsageError(
+            f"no GPU for the process with LOCAL_RANK {local_rank}, torch sees {count}: start at "
+            f"most {count} per node (torchrun --nproc_per_node {count}, NPROC_PER_NODE={count} of "
+            "the launchers) or use --device cpu"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -113,10 +113,12 @@ def sample(
 ) -> list[Trajectory]:
     """Sample all prompts as one ragged batch; row streams are keyed by (seed, step, row).
 
-    A row that comes out empty is sampled again a few times; if it stays empty it is left out.
+    A row that comes out empty is sampled again a few times; if it stays empty it is left out. At
+    temperature 0 it is left out at once: greedy decoding would write the same again.
     """
     pending, done = list(prompts), []
-    for attempt in range(1 + MAX_RESAMPLES):
+    resamples = MAX_RESAMPLES if params.temperature > 0 else 0
+    for attempt in range(1 + resamples):
         seeds = [stream_seed(seed, "rollout", step, p.row, attempt) for p in pending]
         budgets = [p.budget for p in pending]
         contexts = [p.student for p in pending]

@@ -2,9 +2,13 @@
 traceback.
 """
 
+import dataclasses
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
@@ -17,10 +21,11 @@ from modeling.bagel import Bagel
 from modeling.config import ConfigError
 from modeling.pretrained import CheckpointError, WeightFiles, find_weights, load_pretrained
 from modeling.tokenizer import TokenizerError
-from train.config import SftConfig, UsageError
+from train.checkpoint import claim_folders
+from train.config import SftConfig, UsageError, save_config
 from train.metrics import MetricLogger
 from train.optim import NonFiniteError, build_optimizer
-from train.parallel import World
+from train.parallel import World, distributed
 
 USER_ERRORS = (
     UsageError,
@@ -36,11 +41,16 @@ USER_ERRORS = (
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """What the user can mend is one line on stderr and exit status 2, not a traceback."""
+    """What the user can mend is one line on stderr and exit status 2, not a traceback.
+
+    Every rank that fails says so, under its number from rank 1 on: what one of them meets, the
+    others may not.
+    """
     try:
         yield
     except USER_ERRORS as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {_message(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -52,11 +62,36 @@ def _message(error: Exception) -> str:
     return text
 
 
+def run(config: SftConfig, train: Callable[[Any, World], Path]) -> None:
+    """What a command line does: join the processes, claim the output folders, train.
+
+    `train` runs all steps and returns the folder of the last checkpoint.
+    """
+    with (
+        exit_on_user_error(),
+        distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
+    ):
+        claim_folders(config, world)
+        if world.is_main:
+            save_config(config, f"{config.run.results_dir}/config.yaml")
+        last = train(config, world)
+        if world.is_main:
+            print(f"saved {last}")
+
+
 def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
-    """The understanding path of the starting checkpoint, float32, on this process's device."""
+    """The understanding path of the starting checkpoint, float32, on this process's device.
+
+    Raises:
+        UsageError: an attention backend that cannot train on the CPU.
+    """
     path, weights = config.model.model_path, config.model.weights
+    backend = config.model.attention_backend
+    if world.device.type == "cpu" and backend != "sdpa":
+        # FlexAttention has no backward pass on the CPU, flash-attn no kernel at all
+        raise UsageError(f"--attention_backend {backend} trains on a GPU only: use sdpa on the CPU")
     model = load_pretrained(path, weights=weights, experts="und", device=world.device)
-    model.attention_backend = config.model.attention_backend
+    model.attention_backend = backend
     model.set_activation_checkpointing(config.model.activation_checkpointing)
     if announce and world.is_main:
         count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -70,10 +105,7 @@ def open_processor(config: SftConfig, mixture: Mixture) -> Processor:
     limits.
     """
     processor = Processor.from_pretrained(config.model.model_path)
-    limits = mixture.config.vit_image_transform_args
-    return (
-        processor if limits is None else Processor(processor.tokenizer, limits, processor.prompts)
-    )
+    return processor.with_transform(mixture.config.vit_image_transform_args)
 
 
 def open_mixture(config: SftConfig) -> Mixture:
@@ -111,13 +143,16 @@ def open_metrics(config: SftConfig, world: World) -> MetricLogger:
         progress=run.progress,
         tensorboard_dir=run.tensorboard_dir,
         wandb_project=run.wandb_project,
+        config=dataclasses.asdict(config),
     )
 
 
 def observe_draws(metrics: MetricLogger, rows: list[tuple[int, Drawn]]) -> None:
-    """Count the unusable records that were passed over in this rank's draws (a mean per row)."""
+    """Count what could not be used of this rank's draws, as means per row: records that were passed
+    over, and visual thoughts that were left out because they cannot be decoded.
+    """
     for _, drawn in rows:
-        metrics.observe(skipped_records=drawn.skipped)
+        metrics.observe(skipped_records=drawn.skipped, skipped_vts=drawn.example.skipped_vts)
 
 
 def base_weights(config: SftConfig) -> WeightFiles:

@@ -15,14 +15,13 @@ from data.mixture import Drawn
 from data.processor import Processor
 from data.streams import stream_seed
 from modeling.sequence import PackedBatch, Segment, pack
-from train.checkpoint import CheckpointWriter, claim_folders
-from train.config import SftConfig, parse_sft, save_config
+from train.checkpoint import CheckpointWriter
+from train.config import SftConfig, parse_sft
 from train.losses import chunked_logprobs
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
-from train.parallel import World, distributed, wrap
+from train.parallel import World, wrap
 from train.session import (
     base_weights,
-    exit_on_user_error,
     observe_draws,
     open_loader,
     open_metrics,
@@ -30,6 +29,7 @@ from train.session import (
     open_model,
     open_optimizer,
     open_processor,
+    run,
 )
 
 
@@ -91,17 +91,7 @@ def _token_losses(hidden: Tensor, lm_head: nn.Linear, batch: PackedBatch) -> Ten
 
 
 def main() -> None:
-    config = parse_sft()
-    with (
-        exit_on_user_error(),
-        distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
-    ):
-        claim_folders(config, world)
-        if world.is_main:
-            save_config(config, f"{config.run.results_dir}/config.yaml")
-        last = train(config, world)
-        if world.is_main:
-            print(f"saved {last}")
+    run(parse_sft(), train)
 
 
 if __name__ == "__main__":

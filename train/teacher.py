@@ -27,9 +27,6 @@ class SelfTeacher:
     def update(self, student: nn.Module) -> None:
         """Nothing to do: the module is the student."""
 
-    def drift(self, student: nn.Module) -> float:
-        return 0.0
-
 
 class FixedTeacher:
     """A copy of the initial student that never changes."""
@@ -39,9 +36,6 @@ class FixedTeacher:
 
     def update(self, student: nn.Module) -> None:
         """Nothing to do: the teacher stays where training began."""
-
-    def drift(self, student: nn.Module) -> float:
-        return drift(self.module, student)
 
 
 class EMATeacher:
@@ -79,9 +73,6 @@ class EMATeacher:
                     f"{1 - self.decay:.2g} would be rounded away; keep its parameters in float32"
                 )
             average.lerp_(current.to(average), 1 - self.decay)
-
-    def drift(self, student: nn.Module) -> float:
-        return drift(self.module, student)
 
 
 Teacher = SelfTeacher | EMATeacher | FixedTeacher
@@ -127,14 +118,13 @@ def paired_parameters(
 
 
 @torch.no_grad()
-def drift(teacher: nn.Module, student: nn.Module) -> float:
-    """Root-mean-square difference of the parameters of this rank; 0 when there are none."""
-    squares: list[Tensor] = []
-    count = 0
-    for _, ours, theirs in paired_parameters(teacher, student):
-        squares.append((ours - theirs.to(ours)).double().square().sum())
-        count += ours.numel()
-    return float((torch.stack(squares).sum() / count).sqrt()) if count else 0.0
+def squared_distance(teacher: nn.Module, student: nn.Module) -> tuple[Tensor, int]:
+    """Sum of squared differences of the parameters on this rank, a float64 scalar, and how many
+    parameters these are. Nothing is communicated or read back.
+    """
+    pairs = paired_parameters(teacher, student)
+    squares = [(a - b.to(a)).square().sum(dtype=torch.float64) for _, a, b in pairs]
+    return torch.stack(squares).sum(), sum(a.numel() for _, a, _ in pairs)
 
 
 def _parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,13 +1,15 @@
 # shellcheck shell=bash
-# What the launchers share: the repository root as working directory, the environment, positional arguments, flags
-# that are only passed when somebody set them (so that a --preset decides the rest), and torchrun's arguments from
-# torchrun's own (PET_*), SLURM's or ARNOLD's variables, with a single node as the default. DRY_RUN=1 prints the command.
+# What the launchers share: the repository root as working directory, the environment, positional
+# arguments, flags that are only passed when somebody set them (so that a --preset decides the
+# rest), a check of the flags before torchrun starts, and torchrun's arguments from torchrun's own
+# (PET_*), SLURM's or ARNOLD's variables, with a single node as the default. DRY_RUN=1 prints the
+# command.
 source "$(dirname -- "${BASH_SOURCE[0]}")/../environment.sh"
 cd "$REPO_ROOT" || exit
 activate_environment
 
-# positionals "NAME NAME ..." "$@": leading arguments go to the names, the rest, from the first flag on, to FLAGS.
-# An environment variable of that name is the default of a positional.
+# positionals "NAME NAME ..." "$@": leading arguments go to the names, the rest, from the first flag
+# on, to FLAGS. An environment variable of that name is the default of a positional.
 positionals() {
   local name names=$1
   shift
@@ -33,10 +35,12 @@ given() {
 
 at_least_one() { echo $(($1 > 1 ? $1 : 1)); }
 
-processes_per_node() { # the number of GPUs, or one process on the CPU, unless somebody says otherwise
-  local gpus
+# the number of GPUs, or one process on the CPU, unless somebody says otherwise
+processes_per_node() {
+  local gpus cluster
   gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ') || true
-  echo "${NPROC_PER_NODE:-${NPROC:-${PET_NPROC_PER_NODE:-${ARNOLD_WORKER_GPU:-${SLURM_GPUS_ON_NODE:-$(at_least_one "$gpus")}}}}}"
+  cluster=${PET_NPROC_PER_NODE:-${ARNOLD_WORKER_GPU:-${SLURM_GPUS_ON_NODE:-}}}
+  echo "${NPROC_PER_NODE:-${NPROC:-${cluster:-$(at_least_one "$gpus")}}}"
 }
 
 torchrun_arguments() { # PROCESSES: prints one argument per line
@@ -50,15 +54,25 @@ torchrun_arguments() { # PROCESSES: prints one argument per line
     printf '%s\n' --rdzv_backend c10d --rdzv_endpoint "127.0.0.1:${port:-0}" --local_addr 127.0.0.1
     return
   fi
-  rank=${NODE_RANK:-${PET_NODE_RANK:-${ARNOLD_ID:-${SLURM_NODEID:-0}}}}
+  rank=${NODE_RANK:-${PET_NODE_RANK:-${ARNOLD_ID:-${SLURM_NODEID:-}}}}
+  if [[ $nodes == 1 ]]; then rank=${rank:-0}; fi
   if [[ -z $address && -n ${SLURM_JOB_NODELIST:-} ]]; then
     address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   fi
   if [[ -z $address ]]; then
     die "$nodes nodes, but none of MASTER_ADDR, ARNOLD_WORKER_0_HOST, SLURM_JOB_NODELIST is set"
   fi
+  if [[ -z $rank ]]; then
+    die "$nodes nodes, but none of NODE_RANK, PET_NODE_RANK, ARNOLD_ID, SLURM_NODEID says which" \
+      "of them this is: set NODE_RANK to 0 on the first, 1 on the next, and so on"
+  fi
   port=${port%%,*} # ARNOLD lists several; the first is for the rendezvous
   printf '%s\n' --node_rank "$rank" --master_addr "$address" --master_port "${port:-29500}"
+}
+
+installed() {
+  command -v "$1" >/dev/null ||
+    die "$1 is not installed: see INSTALL.md, or run bash scripts/quickstart.sh"
 }
 
 # run COMMAND...: replaces this shell, or prints the command, quoted for a shell, when DRY_RUN=1
@@ -68,20 +82,33 @@ run() {
     echo
     exit 0
   fi
-  command -v "$1" >/dev/null || die "$1 is not installed: see INSTALL.md, or run bash scripts/quickstart.sh"
+  installed "$1"
   exec "$@"
+}
+
+# check_flags MODULE ARGUMENTS...: lets the trainer's parser speak in a process of its own, because
+# torchrun would bury a message under its traceback. Ends here after a bad flag and after --help.
+check_flags() {
+  local flag
+  installed torchrun
+  # some clusters set RANK to that of the node, and only rank 0 speaks
+  env -u RANK python -m train.config "${1#train.}" "${@:2}" || exit
+  for flag in "${@:2}"; do
+    if [[ $flag == -h || $flag == --help ]]; then exit 0; fi
+  done
 }
 
 # launch MODULE ARGUMENTS...: under torchrun, with what was given and the extra flags last
 launch() {
-  local processes arguments IFS=$'\n'
+  local processes cores arguments IFS=$'\n'
+  set -- "$@" ${GIVEN[@]+"${GIVEN[@]}"} ${FLAGS[@]+"${FLAGS[@]}"}
+  if [[ ${DRY_RUN:-0} != 1 ]]; then check_flags "$@"; fi
   processes=$(processes_per_node)
   # share the cores out; torchrun would warn and give each process one
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $(($(getconf _NPROCESSORS_ONLN) / processes)))}
-  # sampling keeps a rank away from collectives for minutes; NCCL's watchdog must not take that for a hang
-  export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-1800}
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $((cores / processes)))}
   arguments=$(torchrun_arguments "$processes") || exit 1
   # shellcheck disable=SC2206 # split on newlines only; the bash of macOS has no mapfile
   arguments=($arguments)
-  run torchrun "${arguments[@]}" -m "$@" ${GIVEN[@]+"${GIVEN[@]}"} ${FLAGS[@]+"${FLAGS[@]}"}
+  run torchrun "${arguments[@]}" -m "$@"
 }
