@@ -479,9 +479,8 @@ def test_quickstart_without_a_base_keeps_the_last_results_and_names_the_remedy(
 
 
 def test_the_miniature_base_can_be_made_again_but_not_over_another(checkout: Path) -> None:
-    (checkout / "checkpoints" / "mini-base" / "0001600").mkdir(
-        parents=True
-    )  # of an earlier attempt
+    earlier = checkout / "checkpoints" / "mini-base-seed0" / "0001600"
+    earlier.mkdir(parents=True)
     refused = dry_run(checkout, "make_mini_base.sh")
     assert refused.returncode == 1
     assert "models/mini-base exists: move it away, or name another folder" in refused.stderr

@@ -43,11 +43,15 @@ def tile_colour(cell: np.ndarray) -> str | None:
     return {rgb: name for name, rgb in COLOURS.items()}.get(tuple(int(v) for v in cell[1, 1]))
 
 
-def glyph(cell: np.ndarray) -> str:
-    """The glyph drawn on a tile: what differs from its fill, inside the gap."""
+def ink(cell: np.ndarray) -> np.ndarray:
+    """What differs from a tile's fill, inside the gap: (14, 14) bool."""
     inked = np.zeros((14, 14), dtype=bool)
     inked[1:-1, 1:-1] = (cell[1:-1, 1:-1] != cell[1, 1]).any(-1)
-    (name,) = [name for name, mask in GLYPHS.items() if np.array_equal(mask, inked)]
+    return inked
+
+
+def glyph(cell: np.ndarray) -> str:
+    (name,) = [name for name, mask in GLYPHS.items() if np.array_equal(mask, ink(cell))]
     return name
 
 
@@ -71,11 +75,11 @@ def test_search_answer_is_on_the_asked_tile_and_the_thought_keeps_it_alone():
     for record in records(SEARCH):
         asked = record.question.split()[-1]
         tiles = coloured(record.problem_image)
-        assert len(tiles) == len(set(tiles.values())) == 8
+        assert len(tiles) == len(set(tiles.values())) == 5
         (place,) = [name for name, colour in tiles.items() if colour == asked]
         problem, kept = cells(record.problem_image), cells(record.visual_thought)
         assert glyph(problem[place]) == record.answer
-        assert record.full_text_only_thought == f"{asked} {place} {record.answer}"
+        assert record.full_text_only_thought == f"{asked} {record.answer}"
         assert coloured(record.visual_thought) == {place: asked}
         assert same(kept[place], problem[place])
 
@@ -100,25 +104,27 @@ def test_chart_answer_is_the_bar_height_and_the_thought_keeps_it_alone():
 def test_jigsaw_answer_is_the_piece_of_the_holes_stripe_and_leaves_the_tray():
     for record in records(JIGSAW):
         before, after = coloured(record.problem_image), coloured(record.visual_thought)
-        place = record.full_text_only_thought.split()[2]
-        tray = {"A": before["b4"], "B": before["d4"]}
+        place = record.full_text_only_thought.split()[1]
+        tray = {"A": before["a4"], "B": before["d4"]}
+        for letter, slot in (("A", "a4"), ("B", "d4")):
+            assert same(ink(cells(record.problem_image)[slot]), SIGNS[letter])
         picture = above_tray(before)
         assert set(above_tray(cells(record.problem_image))) - set(picture) == {place}
-        # Which candidate makes every row, or every column, one colour?
+        # Which candidate makes every row one colour?
         fitting = []
         for letter, colour in tray.items():
-            filled = picture | {place: colour}
-            for axis in (0, 1):
-                stripes = {}
-                for name, tile in filled.items():
-                    stripes.setdefault(name[axis], set()).add(tile)
-                fitting += [letter] * all(len(stripe) == 1 for stripe in stripes.values())
+            stripes = {}
+            for name, tile in (picture | {place: colour}).items():
+                stripes.setdefault(name[1], set()).add(tile)
+            fitting += [letter] * all(len(stripe) == 1 for stripe in stripes.values())
         assert fitting == [record.answer]
         # The wrong piece is no stranger: its colour is in the picture as well.
         assert set(tray.values()) <= set(picture.values())
-        assert record.full_text_only_thought == f"hole {place} {tray[record.answer]}"
-        used, left = ("b4", "d4") if record.answer == "A" else ("d4", "b4")
-        assert above_tray(after) == picture | {place: tray[record.answer]}
+        colour = tray[record.answer]
+        assert record.full_text_only_thought == f"hole {place} {colour} {record.answer}"
+        used, left = ("a4", "d4") if record.answer == "A" else ("d4", "a4")
+        assert above_tray(after) == picture | {place: colour}
+        assert same(cells(record.visual_thought)[place], cells(record.problem_image)[used])
         assert used not in after
         assert after[left] == before[left]
 

@@ -34,7 +34,7 @@ TRANSFORM = ImageTransform(
 )
 TOKEN_STD = 0.3
 POSITION_STD = 1.0  # of the row and of the column vectors of the image encoder's table
-DETAIL_GAIN = 3.0  # patch embedding: fan-in scaled noise ...
+DETAIL_GAIN = 4.0  # patch embedding: fan-in scaled noise ...
 COLOUR_GAIN = 2.0  # ... plus random directions for the three channel means
 QUERY_GAIN = 4.0  # initial q_norm weight
 CALIBRATION_DRAWS = 64  # items per task family whose pictures centre and scale image tokens

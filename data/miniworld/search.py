@@ -1,20 +1,20 @@
 """Visual search: what is drawn on the tile of a given colour?
 
-Eight tiles of eight different colours lie on the board, each with one of six glyphs. The problem
-needs a lookup (colour -> place -> glyph). The visual thought keeps the asked tile alone, so that
+Five tiles of five different colours lie on the board, each with one of six glyphs. The problem
+needs a lookup (colour -> glyph). The visual thought keeps the asked tile alone, so that
 with it the answer is the only glyph in sight.
 """
 
 import random
 
 from data.miniworld.art import COLOURS, GLYPH_TILES, GLYPHS, blank_board, picture
-from data.miniworld.record import CELLS, MiniRecord, cell_name
+from data.miniworld.record import CELLS, MiniRecord
 
 TASK = "Visual_Search"
-TILE_COUNT = 8
+TILE_COUNT = 5
 QUESTION = "what is on {colour}"
 PLAN = "find the {colour} tile"
-THOUGHT = "{colour} {cell} {glyph}"
+THOUGHT = "{colour} {glyph}"
 
 
 def draw(rng: random.Random) -> MiniRecord:
@@ -28,7 +28,7 @@ def draw(rng: random.Random) -> MiniRecord:
     cell, colour, glyph = cells[0], colours[0], glyphs[0]  # samples come in random order
     visual_thought = blank_board()
     visual_thought[cell] = problem[cell]
-    thought = THOUGHT.format(colour=colour, cell=cell_name(*cell), glyph=glyph)
+    thought = THOUGHT.format(colour=colour, glyph=glyph)
     return MiniRecord(
         task=TASK,
         question=QUESTION.format(colour=colour),
@@ -45,6 +45,5 @@ def sentences() -> list[str]:
     texts = list(GLYPHS)
     for colour in COLOURS:
         texts += [QUESTION.format(colour=colour), PLAN.format(colour=colour)]
-        texts.append(THOUGHT.format(colour=colour, cell="a1", glyph="star"))
-    texts += [THOUGHT.format(colour="red", cell="a1", glyph=glyph) for glyph in GLYPHS]
-    return texts + [THOUGHT.format(colour="red", cell=cell_name(*c), glyph="star") for c in CELLS]
+        texts.append(THOUGHT.format(colour=colour, glyph="star"))
+    return texts + [THOUGHT.format(colour="red", glyph=glyph) for glyph in GLYPHS]
