@@ -1,9 +1,10 @@
 """The quickstart's table: result files in, summary.json, summary.md and summary.png out.
 
-    python -m eval.report --results_dir results/quickstart
+    python -m eval.report --results_dir results/quickstart --checkpoint_dir checkpoints/quickstart
 
 Nothing is computed here but differences: every number is read from the files that
-`eval.kl_diagnostic` and `eval.run` wrote, and names the file and the command it came from.
+`eval.kl_diagnostic` and `eval.run` wrote, and names the file and the command it came from. How the
+two students were trained is read from their checkpoints.
 """
 
 import argparse
@@ -67,6 +68,21 @@ def _read(file: Path, origins: dict[str, dict[str, Any]], folder: Path) -> list[
     return records
 
 
+def training_origins(folder: Path) -> dict[str, dict[str, Any]]:
+    """run.json of the last checkpoint of each arm, under its path.
+
+    Raises:
+        UsageError: an arm has no checkpoint.
+    """
+    origins = {}
+    for arm in ARMS:
+        file = folder / arm / "latest" / "run.json"
+        if not file.is_file():
+            raise UsageError(f"{file} is missing: run scripts/quickstart.sh to the end")
+        origins[str(file)] = json.loads(file.read_text())
+    return origins
+
+
 def effect(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Points of accuracy that OPSD is above the untrained base and above the noise control."""
     gains = {}
@@ -103,8 +119,9 @@ def markdown(summary: dict[str, Any]) -> str:
         "Overall is the mean over tasks.",
         "",
         f"OPSD is {gains['above_base']:+.1f} points above the untrained base and "
-        f"{gains['above_noise']:+.1f} above the noise control. On the base's own samples OPSD closed "
-        f"{100 * own['opsd']['value']:.0f} % of the gap, noise {100 * own['noise']['value']:.0f} %. "
+        f"{gains['above_noise']:+.1f} above the noise control. On the base's own samples OPSD "
+        f"closed {100 * own['opsd']['value']:.0f} % of the gap, noise "
+        f"{100 * own['noise']['value']:.0f} %. "
         "The noise control is expected to end near the base's accuracy with a noise VT. "
         "One seed; the spread over seeds is not in this table.",
         "",
@@ -119,9 +136,11 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_summary(folder: Path, seed: int) -> dict[str, Any]:
+def write_summary(folder: Path, checkpoints: Path, seed: int) -> dict[str, Any]:
     """Write the three files next to the results they summarise."""
+    training = training_origins(checkpoints)
     summary = {"seed": seed, **run_info(), **collect(folder)}
+    summary["files"] = training | summary["files"]
     summary["effect"] = effect(summary["tasks"])
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_atomic(folder / "summary.md", markdown(summary))
@@ -134,11 +153,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m eval.report", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--results_dir", default="results/quickstart", help="what a run wrote")
+    parser.add_argument(
+        "--checkpoint_dir", default="checkpoints/quickstart", help="of its two students"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the run, for the record")
     args = parser.parse_args(argv)
     folder = Path(args.results_dir)
     with exit_on_user_error():
-        print(markdown(write_summary(folder, args.seed)))
+        print(markdown(write_summary(folder, Path(args.checkpoint_dir), args.seed)))
         print(f"saved {folder}/summary.json, summary.md and summary.png")
 
 

@@ -93,4 +93,4 @@ python -m examples.inference_demo --model_path "$trained/opsd/latest" --device c
   --example Visual_Search --save_image "$out/demo.png" --max_new_tokens 24
 
 step "8/8 summary"
-python -m eval.report --results_dir "$out" --seed "$seed"
+python -m eval.report --results_dir "$out" --checkpoint_dir "$trained" --seed "$seed"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval.report import ACCURACY, DIAGNOSTICS, collect, effect, main, write_summary
+from eval.report import ACCURACY, ARMS, DIAGNOSTICS, collect, effect, main, write_summary
 from train.config import UsageError
 from train.records import base_record, write_records
 
@@ -65,6 +65,16 @@ def results(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def checkpoints(tmp_path):
+    """What the two trainings left about themselves."""
+    for arm in ARMS:
+        folder = tmp_path / "checkpoints" / arm / "latest"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"command": f"train {arm}", "step": 350}))
+    return tmp_path / "checkpoints"
+
+
 def test_cells_come_from_their_files(results):
     tasks = collect(results)["tasks"]
     assert list(tasks) == list(TASKS)
@@ -81,13 +91,17 @@ def test_effect_is_in_points_above_base_and_noise(results):
     assert gains["overall"]["above_noise"] == pytest.approx(65.0)
 
 
-def test_summary_files_name_their_origin(results):
-    summary = write_summary(results, seed=3)
+def test_summary_files_name_their_origin(results, checkpoints):
+    summary = write_summary(results, checkpoints, seed=3)
     saved = json.loads((results / "summary.json").read_text())
     assert saved["effect"] == summary["effect"] and saved["seed"] == 3
     origin = saved["files"]["accuracy/opsd/scores.json"]
     assert origin["seed"] == 3 and origin["step"] == 7 and origin["command"]
+    for arm in ARMS:
+        file = str(checkpoints / arm / "latest" / "run.json")
+        assert saved["files"][file] == {"command": f"train {arm}", "step": 350}
     text = (results / "summary.md").read_text()
+    assert "`train noise`" in text
     row = next(line for line in text.splitlines() if line.startswith("| Chart_Refocus"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "Chart_Refocus", "0.600", "90 %", "-10 %", "31.0", "26.0", "91.0", "99.0", "29.0"
@@ -95,11 +109,17 @@ def test_summary_files_name_their_origin(results):
     assert (results / "summary.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_missing_file_is_named(results, capsys):
+def test_missing_checkpoint_is_named(results, checkpoints):
+    (checkpoints / "noise" / "latest" / "run.json").unlink()
+    with pytest.raises(UsageError, match=r"noise/latest/run\.json is missing"):
+        write_summary(results, checkpoints, seed=3)
+
+
+def test_missing_file_is_named(results, checkpoints, capsys):
     (results / "accuracy" / "noise" / "scores.json").unlink()
     with pytest.raises(UsageError, match=r"accuracy/noise/scores\.json is missing"):
         collect(results)
     with pytest.raises(SystemExit) as stop:
-        main(["--results_dir", str(results)])
+        main(["--results_dir", str(results), "--checkpoint_dir", str(checkpoints)])
     assert stop.value.code == 2
     assert "scores.json is missing" in capsys.readouterr().err
