@@ -1,28 +1,76 @@
-"""The documents: links, files, modules and commands they name exist; TRAIN.md lists every flag."""
+"""The documents: what they name exists (links, files, modules, commands, flags, metrics), what
+they list is complete, and their examples run.
+"""
 
+import contextlib
 import dataclasses
+import functools
+import importlib
+import io
 import os
 import re
 import shlex
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
+from data.mixture import MixtureConfig
+from data.parquet import ParquetSource
+from eval import kl_diagnostic
+from eval import run as accuracy
+from tests.training import run_opsd, run_sft
 from train.config import OpsdConfig, SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
-MODULE = re.compile(r"-m ((?:data|modeling|train|eval|examples|tests|benchmarks)\b[\w.]*)")
+MODULE = re.compile(r"-m ((?:data|modeling|train|eval|examples|tests)\b[\w.]*)")
+FILE = re.compile(r"^\.?[\w.-]+(/[\w.-]+)*(\.(py|sh|yaml|md|txt|toml)|/)$")
+# A path that begins with a folder of the repository, wherever it stands.
+REPOSITORY_PATH = re.compile(
+    r"(?<![\w./*-])((?:data|docs|eval|examples|modeling|models/mini-base|scripts|tests|train|\.ci)"
+    r"/[\w./-]*\w|models/mini-base)"
+)
 # Written by runs, downloaded, or an example of the reader's own.
 NOT_IN_GIT = ("results/", "checkpoints/", "models/", "datasets/", "/", ".venv")
-FILE = re.compile(r"^\.?[\w.-]+(/[\w.-]+)*(\.(py|sh|yaml|md|txt|toml)|/)$")
+
+FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
+COMMAND = re.compile(r"(?: -m|\bbash) ([\w./]+)([^`|\n#]*)")
+TRAINERS = {"train.opsd": OpsdConfig, "train.sft": SftConfig}
+OTHER_MODULES = (
+    "data.miniworld",
+    "data.miniworld.model",
+    "eval.kl_diagnostic",
+    "eval.report",
+    "eval.run",
+    "examples.inference_demo",
+    "tests.check_goldens",
+)
+SCRIPTS = ("scripts/quickstart.sh", "scripts/make_mini_base.sh")  # those with flags of their own
+LAUNCHED = {  # launcher -> the module that reads its flags
+    "scripts/visual_opsd/run_kl_diagnostic.sh": "eval.kl_diagnostic",
+    "scripts/visual_opsd/run_sft_baseline.sh": "train.sft",
+    "scripts/visual_opsd/run_visual_opsd.sh": "train.opsd",
+    "scripts/visual_opsd/run_visual_opsd_noise.sh": "train.opsd",
+}
+PLACEHOLDER = "--flag"  # as in [--flag value ...]
+FLAGS_OF_OTHERS = {
+    "--exclude",  # hf
+    "--index-url",  # pip
+    "--local-dir",  # hf
+    "--ntasks-per-node",  # srun
+    "--repo-type",  # hf
+}
 
 
 def text_of(document: Path) -> str:
-    return document.read_text()
+    """The text, with the lines of a continued command joined."""
+    return re.sub(r" *\\\n *", " ", document.read_text())
 
 
 def commands(document: Path) -> list[str]:
@@ -50,15 +98,15 @@ def test_links_resolve(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_named_files_exist(document: Path) -> None:
-    named = {name for name in CODE.findall(text_of(document)) if FILE.match(name)}
-    missing = [
+    quoted = {name for name in CODE.findall(text_of(document)) if FILE.match(name)}
+    named = {
         name
-        for name in sorted(named)
+        for name in quoted
         if ("/" in name or name.endswith((".md", ".txt", ".toml")))
         and not name.startswith(NOT_IN_GIT)
-        and not (ROOT / name).exists()
-    ]
-    assert not missing
+    }
+    named |= set(REPOSITORY_PATH.findall(text_of(document)))
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -92,11 +140,9 @@ def test_launcher_commands_build(command: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     words = shlex.split(result.stdout)
-    given = {word[2:] for word in words[words.index("-m") + 2 :] if word.startswith("--")}
-    if "train.opsd" in words:
-        assert given <= fields(OpsdConfig).keys()
-    if "train.sft" in words:
-        assert given <= fields(SftConfig).keys()
+    module = words.index("-m") + 1
+    given = {word for word in words[module + 1 :] if word.startswith("--")}
+    assert given <= flags_of(words[module])
 
 
 def test_the_documents_launch_every_launcher() -> None:
@@ -109,6 +155,56 @@ def fields(config: type) -> dict[str, object]:
     """Flag -> default of every section of a trainer's configuration."""
     sections = [section.type for section in dataclasses.fields(config)]
     return {f.name: f.default for section in sections for f in dataclasses.fields(section)}
+
+
+@functools.cache
+def flags_of(command: str) -> set[str]:
+    """The flags of a module or script of the repository, as its parser or its --help has them."""
+    if command in TRAINERS:
+        return {"--help", *(f"--{name}" for name in fields(TRAINERS[command]))}
+    if command in SCRIPTS:
+        shown = subprocess.run(
+            ["bash", command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert shown.returncode == 0, shown.stderr
+        return set(FLAG.findall(shown.stdout))
+    return set(re.findall(r"^  (?:-\w, )?(--\w+)", help_of(command), re.MULTILINE))
+
+
+def help_of(module: str) -> str:
+    """What `python -m module --help` prints."""
+    try:
+        entry = importlib.import_module(f"{module}.__main__")
+    except ModuleNotFoundError:
+        entry = importlib.import_module(module)
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", [module, "--help"])
+        entry.main()
+    assert ended.value.code == 0
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_of_a_command_are_its_own(document: Path) -> None:
+    foreign = []
+    for command, rest in COMMAND.findall(text_of(document)):
+        name = LAUNCHED.get(command, command)
+        if name in (*TRAINERS, *OTHER_MODULES, *SCRIPTS):
+            given = set(FLAG.findall(rest)) - {PLACEHOLDER}
+            foreign += [f"{command} {flag}" for flag in sorted(given - flags_of(name))]
+    assert not foreign
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_is_known(document: Path) -> None:
+    known = {PLACEHOLDER, *FLAGS_OF_OTHERS}
+    known = known.union(*(flags_of(name) for name in (*TRAINERS, *OTHER_MODULES, *SCRIPTS)))
+    assert not sorted(set(FLAG.findall(text_of(document))) - known)
 
 
 def flag_table() -> dict[str, str]:
@@ -132,6 +228,62 @@ def test_train_md_has_the_defaults_of_the_code() -> None:
             assert float(shown) == default, flag
         else:
             assert shown == str(default), flag
+
+
+def test_eval_md_has_the_flags_and_defaults_of_the_code() -> None:
+    rows = re.findall(
+        r"^\| `--(\w+)` \| (\S+) \| (\S+) \|", text_of(ROOT / "EVAL.md"), re.MULTILINE
+    )
+    for column, parse in ((1, accuracy.parse), (2, kl_diagnostic.parse)):
+        documented = {row[0]: row[column] for row in rows if row[column] != "–"}
+        defaults = vars(parse(["--output_dir", "required"]))
+        assert documented == {flag: shown(value) for flag, value in defaults.items()}
+
+
+def shown(default: object) -> str:
+    return "none" if default in (None, []) else str(default)
+
+
+def test_train_md_has_the_metrics_of_a_run(tmp_path: Path) -> None:
+    section = text_of(ROOT / "TRAIN.md").partition("| metric | meaning |")[2].partition("\n\n")
+    rows = [line.split("|")[1] for line in section[0].splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in CODE.findall(row)}
+    (opsd,) = run_opsd(tmp_path / "opsd", total_steps=1)
+    assert named == opsd.keys() - {"step"}
+    of_sft = re.search(r"`train\.sft` logs ([^.]*)\.", section[2])
+    (sft,) = run_sft(tmp_path / "sft", total_steps=1)
+    assert set(CODE.findall(of_sft[1])) == sft.keys() - {"step"}
+
+
+def code_block(document: Path, first_line: str) -> str:
+    """The indented block that begins with the given line."""
+    lines = document.read_text().splitlines()
+    start = lines.index(f"    {first_line}")
+    block = []
+    for line in lines[start:]:
+        if line and not line.startswith("    "):
+            break
+        block.append(line)
+    return textwrap.dedent("\n".join(block))
+
+
+def test_the_rows_that_data_md_writes_can_be_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("maze.png", "maze_with_path.png"):
+        PIL.Image.new("RGB", (20, 10)).save(name)
+    exec(code_block(ROOT / "docs" / "data.md", "from pathlib import Path"), {})
+    example = ParquetSource("datasets", "My_Task").example(0)
+    assert (example.key, example.answer) == ("My_Task/1", "left")
+    assert example.visual_thoughts[0].size == (20, 10)
+
+
+def test_the_mixture_file_of_data_md_is_one(tmp_path: Path) -> None:
+    file = tmp_path / "mixture.yaml"
+    start = "visual_opsd:                      # text_reasoning for SFT"
+    file.write_text(code_block(ROOT / "docs" / "data.md", start))
+    mixture = MixtureConfig.load(file)
+    assert mixture.dataset_names == ("Visual_Search", "My_Task")
+    assert mixture.vit_image_transform_args.image_stride == 14
 
 
 PAPER = {  # App. C
