@@ -45,7 +45,7 @@ def teacher_context(
     noise_seed: int | None = None,
     image_scale: float = 1.0,
 ) -> list[Segment]:
-    """C_T, Eq. 1 (vt="real") or Eq. 6 (vt="noise").
+    """C_T, Eq. 1 (vt="real") or the noise control of section 3.3 (vt="noise").
 
     Args:
         vt: "noise" puts N(0, 1) pixels of the same shape, in normalised space, in place of each

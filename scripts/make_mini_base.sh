@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remake models/mini-base, the checkpoint that ships with the code: random weights, train.sft on
-# 80,000 miniature rows, a checkpoint chosen on validation data. About ten minutes on two cores.
+# miniature rows, a checkpoint chosen on validation data. Five to ten minutes on two cores.
 #   bash scripts/make_mini_base.sh [--seed N] [OUTPUT]
 # The seed is that of data, initial weights and run; seed N > 0 goes to models/mini-base-seedN.
 # Checkpoints of an earlier attempt, in checkpoints/mini-base-seedN, are replaced; OUTPUT is not.

@@ -1,7 +1,7 @@
 """Spatial navigation: the moves from the start to the flag over a frozen lake.
 
 Every cell off the path is a hole except up to three free decoys, and the shortest path is unique.
-The path has 2 to 6 moves, uniformly. The visual thought draws it: the k-th cell carries the arrow
+The path has 2 to 4 moves, uniformly. The visual thought draws it: the k-th cell carries the arrow
 of the k-th move on the k-th colour of a ramp, so that each move can be read without tracing the
 maze, also after a wrong move has been written. The text-only thought names the two ends and no
 move: a slip in it does not spoil the answer.
@@ -28,7 +28,7 @@ from data.miniworld.art import (
 from data.miniworld.record import CELLS, GRID, MiniRecord, cell_name
 
 TASK = "Spatial_Navigation"
-MIN_MOVES, MAX_MOVES = 2, 6
+MIN_MOVES, MAX_MOVES = 2, 4
 MAX_DECOYS = 3
 QUESTION = "find the way"
 PLAN = "draw the way"
@@ -45,13 +45,11 @@ NEIGHBOURS: dict[Cell, dict[Cell, str]] = {
     for row, column in CELLS
 }
 
-RAMP = (  # one fill per move, from the green of the start to the red of the flag
+RAMP = (  # one fill per move, from the green of the start on
     (64, 160, 72),
     (24, 158, 150),
     (40, 120, 210),
     (92, 80, 200),
-    (160, 60, 170),
-    (206, 56, 110),
 )
 FREE = tile(ICE)
 HOLE = tile(ICE, SIGNS["disc"], WATER)
