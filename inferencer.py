@@ -1,5 +1,8 @@
 """InterleaveInferencer: questions about images, answered in text by any checkpoint.
 
+    inferencer = InterleaveInferencer.from_pretrained("models/mini-base")
+    print(inferencer.answer([PIL.Image.open("problem.png")], "which piece fits").text)
+
 This is the understanding mode: images and a question in, a text completion out.
 """
 

@@ -74,7 +74,6 @@ class Fields:
 
 
 ALL_FIELDS = Fields()
-QUESTION_FIELDS = Fields(visual_thoughts=False, thoughts=False, full_text_only_thought=False)
 
 
 @dataclass(frozen=True)

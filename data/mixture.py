@@ -16,16 +16,15 @@ from typing import Any
 import yaml
 from torch.utils.data import DataLoader, Dataset
 
-from data.example import MAX_ROUNDS, DataError, Example, ExampleError, Fields
+from data.example import MAX_ROUNDS, DataError, Example, Fields
 from data.order import EpochOrder, Schedule
-from data.parquet import SPLITS, ParquetSource
+from data.parquet import SPLITS, ParquetSource, RowReader
 from data.processor import transform_from_dict
 from data.streams import stream_seed
 from data.transforms import ImageTransform
 
 GROUPS = ("visual_opsd", "text_reasoning")
 CONTEXTS = ("student", "teacher", "teacher_noise")
-MIN_JUDGED_ROWS = 200  # rows a process tries before it judges its share of skipped ones
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,7 @@ class Mixture:
         ]
         self._schedule = Schedule(self.sources, config.weights, seed)
         self._orders = [EpochOrder(source, seed) for source in self.sources]
-        self._tried = self._skipped = 0
-
-    @property
-    def num_rows(self) -> int:
-        return sum(len(source) for source in self.sources)
+        self._reader = RowReader(config.max_skip_fraction)
 
     def draw(self, index: int) -> Drawn:
         """Example of the global draw `index` (0, 1, ...).
@@ -166,24 +161,11 @@ class Mixture:
         epoch, row = self._orders[which].row(position)
         for skipped in range(len(source)):
             candidate = (row + skipped) % len(source)
-            self._tried += 1
-            try:
-                example = source.example(candidate)
-            except ExampleError as error:
-                self._count_skip(error)
-                continue
-            return Drawn(example, index, candidate, epoch, skipped, self._context(which, index))
+            example = self._reader.read(source, candidate)
+            if example is not None:
+                context = self._context(which, index)
+                return Drawn(example, index, candidate, epoch, skipped, context)
         raise DataError(f"{source.name}: none of its {len(source)} rows is usable")
-
-    def _count_skip(self, error: ExampleError) -> None:
-        self._skipped += 1
-        allowed = self.config.max_skip_fraction
-        if self._tried >= MIN_JUDGED_ROWS and self._skipped > allowed * self._tried:
-            raise DataError(
-                f"{self._skipped} of {self._tried} rows were unusable, more than "
-                f"max_skip_fraction={allowed}; the last one: {error} "
-                "(or raise max_skip_fraction in the mixture file)"
-            ) from error
 
     def _context(self, which: int, index: int) -> str:
         contexts = self.config.contexts or {}
@@ -237,7 +219,6 @@ def loader(
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
-    prefetch_factor: int = 2,
     start_method: str | None = None,
 ) -> DataLoader:
     """Iterable over steps start_step .. start_step + steps - 1; see MixtureDataset for an item.
@@ -253,7 +234,6 @@ def loader(
         sampler=range(start_step, start_step + steps),
         num_workers=num_workers,
         collate_fn=_identity,
-        prefetch_factor=prefetch_factor if num_workers else None,
         multiprocessing_context=start_method if num_workers else None,
     )
 

@@ -6,8 +6,8 @@ Layout: `<root>/<Name>/data/*<split>*.parquet`, the split a word of the file nam
 
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from data.example import (
     ALL_FIELDS,
+    IMAGE_COLUMN,
+    PROBLEM_COLUMN,
     DataError,
     Example,
     ExampleError,
@@ -30,6 +32,7 @@ ROOT_VARIABLE = "VISUAL_OPSD_DATA_ROOT"
 SPLITS = ("train", "validation", "test")
 CACHE_BYTES = 256 << 20  # per source and process; the most recent row group always stays
 OPEN_FILES = 8  # per source and process
+MIN_JUDGED_ROWS = 200  # rows that are tried before the share of unusable ones is judged
 
 
 def resolve_root(root: str | Path | None = None) -> Path:
@@ -59,7 +62,8 @@ class ParquetSource:
             limit: use the first `limit` rows only.
 
         Raises:
-            DataError: no file, no row, a damaged file, or a required column is missing.
+            DataError: no file, no row, a damaged file, a required column is missing, or an image
+                column is of another type.
         """
         self.name, self.fields = name, fields
         self.files = find_files(resolve_root(root), name, split)
@@ -68,6 +72,7 @@ class ParquetSource:
         for index, file in enumerate(self.files):
             with _readable(file), pq.ParquetFile(file) as handle:
                 self.columns.append(fields.columns(handle.schema_arrow.names, str(file)))
+                _check_images(handle.schema_arrow, self.columns[-1], file)
                 for group in range(handle.num_row_groups):
                     metadata = handle.metadata.row_group(group)
                     groups.append((index, group))
@@ -147,6 +152,59 @@ class ParquetSource:
         return table
 
 
+class RowReader:
+    """Reads rows of any source; unusable ones are counted, and too many of them stop the run."""
+
+    def __init__(self, max_skip_fraction: float) -> None:
+        self.max_skip_fraction = max_skip_fraction
+        self.tried = 0
+        self.skipped: Counter[str] = Counter()  # unusable rows by source
+        self.last_error = ""  # of an unusable row
+
+    def read(self, source: ParquetSource, row: int) -> Example | None:
+        """Decoded row; None if it is unusable, for the caller to take another one.
+
+        Raises:
+            DataError: more than `max_skip_fraction` of the rows tried so far were unusable.
+        """
+        self.tried += 1
+        try:
+            return source.example(row)
+        except ExampleError as error:
+            self.skipped[source.name] += 1
+            self.last_error = str(error)
+            bad = self.skipped.total()
+            if self.tried >= MIN_JUDGED_ROWS and bad > self.max_skip_fraction * self.tried:
+                raise DataError(
+                    f"{bad} of {self.tried} rows were unusable, more than "
+                    f"max_skip_fraction={self.max_skip_fraction}; the last one: {error} "
+                    "(or raise max_skip_fraction in the mixture file)"
+                ) from error
+            return None
+
+
+def _check_images(schema: pa.Schema, columns: Sequence[str], file: Path) -> None:
+    """Raise DataError if one of the columns is an image column of another type than images have."""
+    for name in columns:
+        kind = schema.field(name).type
+        is_image = name.startswith((PROBLEM_COLUMN, IMAGE_COLUMN.format("")))
+        if is_image and not _holds_images(kind):
+            raise DataError(
+                f"{file}: column {name} is of type {kind}; expected struct<bytes: binary, path: "
+                "string> with PNG or JPEG data in bytes: write it so (docs/data.md)"
+            )
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    """Whether it is a struct with binary `bytes`; what holds nulls only may be typed as null."""
+    if pa.types.is_null(kind):
+        return True
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    data = kind.field("bytes").type
+    return pa.types.is_binary(data) or pa.types.is_large_binary(data) or pa.types.is_null(data)
+
+
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
     """What Arrow says about a damaged file becomes a DataError that names the file."""
@@ -173,9 +231,10 @@ def find_files(root: Path, name: str, split: str) -> list[Path]:
     files = [file for file in present if word.search(file.stem)]
     if not files:
         raise DataError(
-            f"no file matches {folder}/*{split}*.parquet (present: {_listed(present)}). "
-            f"Set {ROOT_VARIABLE} or pass the data root; get the released sets with "
-            "`python -m download_model`, draw the miniature ones with `python -m data.miniworld`."
+            f"no file matches {folder}/*{split}*.parquet (present: {_listed(present)}). Each data "
+            "set has a folder of its name in the data root, with its files in data/; set "
+            f"{ROOT_VARIABLE} or pass the data root if they lie elsewhere. INSTALL.md has the "
+            "downloads, `python -m data.miniworld --output FOLDER` draws the miniature ones."
         )
     return files
 
@@ -183,18 +242,21 @@ def find_files(root: Path, name: str, split: str) -> list[Path]:
 def iter_examples(
     root: str | Path | None,
     names: Sequence[str],
+    reader: RowReader,
     split: str = "train",
     limit_per_source: int | None = None,
     seed: int | None = None,
     fields: Fields = ALL_FIELDS,
-    on_error: Callable[[ExampleError], None] | None = None,
 ) -> Iterator[Example]:
-    """Examples of a split, source by source in file order.
+    """Examples of a split, source by source in file order. The next row replaces an unusable one.
 
     Args:
+        reader: reads the rows; knows afterwards how many were unusable.
         limit_per_source: at most this many examples per source.
         seed: draw them at random without replacement (a stratified sample); None takes the first.
-        on_error: told about unusable rows, whose place the next row takes; None lets them raise.
+
+    Raises:
+        DataError: see `ParquetSource` and `RowReader.read`.
     """
     for name in names:
         source = ParquetSource(root, name, split, fields)
@@ -207,15 +269,10 @@ def iter_examples(
         for row in candidates:
             if wanted == 0:
                 break
-            try:
-                example = source.example(int(row))
-            except ExampleError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-                continue
-            wanted -= 1
-            yield example
+            example = reader.read(source, int(row))
+            if example is not None:
+                wanted -= 1
+                yield example
 
 
 def permutation(seed: int, length: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 from data.example import DataError
 from data.prompts import PAPER, PROMPT_SETS, PromptSet
 from data.transforms import ImageTransform
+from modeling.config import BagelConfig
 from modeling.tokenizer import Tokenizer, load_tokenizer
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -30,17 +31,21 @@ class Processor:
         belongs to another library): they get the paper's image limits and prompts.
 
         Raises:
-            DataError: a `preprocessor_config.json` that is not JSON or whose values do not fit.
+            DataError: a `preprocessor_config.json` that is not JSON or whose values do not fit, or
+                image limits that do not fit the image encoder.
         """
         file = Path(path) / PREPROCESSOR_FILE
         config = _read_json(file) if file.is_file() else {}
         tokenizer = load_tokenizer(path)
-        if "prompt_set" not in config:
-            return cls(tokenizer)
-        name = config.pop("prompt_set")
-        if not isinstance(name, str) or name not in PROMPT_SETS:
-            raise DataError(f"{file}: prompt_set {name!r} is not one of {sorted(PROMPT_SETS)}")
-        return cls(tokenizer, transform_from_dict(config, str(file)), PROMPT_SETS[name])
+        transform, prompts, where = ImageTransform(), PAPER, f"{path} (the paper's image limits)"
+        if "prompt_set" in config:
+            name = config.pop("prompt_set")
+            if not isinstance(name, str) or name not in PROMPT_SETS:
+                raise DataError(f"{file}: prompt_set {name!r} is not one of {sorted(PROMPT_SETS)}")
+            transform, prompts = transform_from_dict(config, str(file)), PROMPT_SETS[name]
+            where = str(file)
+        check_image_limits(transform, path, where)
+        return cls(tokenizer, transform, prompts)
 
     def with_transform(self, transform: ImageTransform | None) -> "Processor":
         """The processor with the image limits of a mixture file; itself where that has none."""
@@ -72,6 +77,28 @@ def transform_from_dict(config: Any, where: str) -> ImageTransform:
         return ImageTransform(**config)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
+
+
+def check_image_limits(transform: ImageTransform, path: str | Path, where: str) -> None:
+    """Raise DataError if the image encoder of the checkpoint folder `path` cannot take the images.
+
+    Args:
+        where: what the limits come from, for the message.
+    """
+    vit, file = BagelConfig.from_pretrained(path).vit, Path(path) / "vit_config.json"
+    if transform.image_stride != vit.patch_size:
+        raise DataError(
+            f"{where}: image_stride {transform.image_stride} is not the patch_size "
+            f"{vit.patch_size} of {file}; make it {vit.patch_size}"
+        )
+    # sides are rounded to whole strides, so the last one may begin beyond the limit
+    patches = round(transform.max_image_size / transform.image_stride)
+    if patches > vit.patches_per_side:
+        raise DataError(
+            f"{where}: max_image_size {transform.max_image_size} makes sides of {patches} patches, "
+            f"image_size {vit.image_size} of {file} has positions for {vit.patches_per_side}; "
+            f"lower it to {vit.patches_per_side * vit.patch_size}"
+        )
 
 
 def _read_json(file: Path) -> dict:

@@ -67,22 +67,20 @@ class ImageTransform:
         sides = [round(round(side * factor) / stride) * stride for side in (width, height)]
         return max(sides[0], stride), max(sides[1], stride)
 
-    def resize(
-        self, image: PIL.Image.Image, img_num: int = 1, scale: float = 1.0
-    ) -> PIL.Image.Image:
+    def resize(self, image: PIL.Image.Image, scale: float = 1.0) -> PIL.Image.Image:
         """Bicubic, antialiased resize to `size`; the image itself where the size is right."""
-        size = self.size(*image.size, img_num=img_num, scale=scale)
+        size = self.size(*image.size, scale=scale)
         return image if size == image.size else image.resize(size, PIL.Image.Resampling.BICUBIC)
 
-    def __call__(self, image: PIL.Image.Image, img_num: int = 1, scale: float = 1.0) -> Tensor:
+    def __call__(self, image: PIL.Image.Image, scale: float = 1.0) -> Tensor:
         """(3, H, W) float32 in [-1, 1]."""
-        pixels = np.array(self.resize(to_rgb(image), img_num, scale))  # (H, W, 3) uint8
+        pixels = np.array(self.resize(to_rgb(image), scale))  # (H, W, 3) uint8
         tensor = torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
         return tensor.sub_(0.5).div_(0.5).contiguous()
 
     def segment(self, image: PIL.Image.Image, scale: float = 1.0) -> Image:
         """The image as a segment for the understanding encoder, one patch per stride."""
-        return to_segment(self(image, scale=scale), self.image_stride)
+        return to_segment(self(image, scale), self.image_stride)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -23,12 +23,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.example import DataError, Example, ExampleError, Fields
+from data.example import DataError, Example, Fields
 from data.mixture import MixtureConfig
-from data.parquet import SPLITS, ParquetSource, iter_examples
+from data.parquet import SPLITS, ParquetSource, RowReader, iter_examples
 from data.processor import Processor
 from eval.kl_scoring import IDENTICAL, PRE, Scorer, TokenIds, TokenKL, post
 from eval.session import (
+    announce,
     checkpoint_name,
     open_sources,
     origin,
@@ -36,6 +37,7 @@ from eval.session import (
     pick_device,
     positive,
     table,
+    unusable_rows,
 )
 from eval.statistics import OVERALL, StratifiedMeans
 from modeling.bagel import Bagel
@@ -72,13 +74,14 @@ class Selection:
                 f"the sources of {args.dataset_config_file}: every task counts equally"
             )
         self.args, self.names = args, names
+        self.max_skip_fraction = sources.max_skip_fraction
         self.per_task = args.num_samples // len(names)
         self.fields = Fields(
             thoughts=False,
             full_text_only_thought=args.completion == "dataset",
             max_rounds=sources.max_reference_rounds,
         )
-        self.unusable: list[str] = []
+        self.reader = RowReader(self.max_skip_fraction)
         for name in names:
             rows = len(ParquetSource(args.data_root, name, args.split, self.fields))
             if rows < self.per_task:
@@ -91,19 +94,19 @@ class Selection:
         """The sample in a fixed order, `batch_size` examples at a time; unusable rows are replaced.
 
         Raises:
-            DataError: a source has too few usable rows.
+            DataError: too many rows are unusable, or a source has too few others.
         """
-        self.unusable.clear()
+        self.reader = RowReader(self.max_skip_fraction)  # each pass counts anew
         counts: Counter[str] = Counter()
         batch = []
         for example in iter_examples(
             self.args.data_root,
             self.names,
+            self.reader,
             self.args.split,
             self.per_task,
             self.args.seed,
             self.fields,
-            self._note,
         ):
             counts[example.source] += 1
             batch.append(example)
@@ -115,11 +118,8 @@ class Selection:
         if short := [name for name in self.names if counts[name] < self.per_task]:
             raise DataError(
                 f"{short[0]}: {counts[short[0]]} usable rows, {self.per_task} were asked for; "
-                f"lower --num_samples. The last unusable row: {self.unusable[-1]}"
+                f"lower --num_samples. The last unusable row: {self.reader.last_error}"
             )
-
-    def _note(self, error: ExampleError) -> None:
-        self.unusable.append(str(error))
 
 
 def measure_base(scorer: Scorer, selection: Selection, args: argparse.Namespace) -> list[Sample]:
@@ -191,23 +191,28 @@ def run(args: argparse.Namespace) -> Summary:
     students = student_paths(args.student_path)
     device = pick_device(args.device)
     base = load_pretrained(args.model_path, args.weights, device=device)
+    announce(args.model_path, args.weights, base)
     processor = Processor.from_pretrained(args.model_path)
     scorer = Scorer(base, processor, args.seed, args.include_end_row)
     samples = measure_base(scorer, selection, args)
     for name, path in students.items():
         student = load_pretrained(path, device=device)
+        announce(path, "auto", student)
         _check_vocabulary(base, student, path)
         measure_student(scorer, selection, args, samples, name, student)
     scored = [sample for sample in samples if sample.token_ids]
-    if not scored:
-        raise DataError("every sampled completion is empty: use --completion dataset")
+    if silent := [name for name in selection.names if name not in {s.task for s in scored}]:
+        raise DataError(f"{silent[0]}: every sampled completion is empty: use --completion dataset")
     summary = summarise(scored, list(students), args.seed)
+    for task, row in summary.items():
+        row["unusable_rows"] = unusable_rows(selection.reader, task)
     write_results(args, scored, summary)
     print(report(args, summary))
     if len(scored) < len(samples):
         print(f"{len(samples) - len(scored)} samples with an empty completion were left out")
-    if selection.unusable:
-        print(f"{len(selection.unusable)} unusable rows were replaced: {selection.unusable[-1]}")
+    if count := summary[OVERALL]["unusable_rows"]:
+        last = selection.reader.last_error
+        print(f"{count} unusable rows were replaced; the last one: {last}")
     return summary
 
 

@@ -21,12 +21,15 @@ from train.session import exit_on_user_error
 
 ARMS = ("opsd", "noise")
 ACCURACY = {  # folder under accuracy/ -> column
-    "base": "untrained base, text-only",
+    "base": "base, text-only",
+    "opsd": "OPSD, text-only",
     "noise": "noise control, text-only",
-    "opsd": "OPSD student, text-only",
-    "base_vt": "base with VT in context",
-    "base_noise_vt": "base with noise VT",
+    "base_vt": "base with VTs",
+    "base_noise_vt": "base with noise VTs",
 }
+ACCURACY_VALUES = (
+    "n", "accuracy", "low", "high", "unparsed_rate", "unusable_rows", "seconds_per_sample",
+)  # fmt: skip
 DIAGNOSTICS = {"gap_dataset": "data set texts", "gap_sample": "the base's own samples"}
 
 
@@ -44,6 +47,7 @@ def collect(folder: Path) -> dict[str, Any]:
             row = tasks.setdefault(record["task"], {"accuracy": {}})
             row[name] = {
                 "n": values["n"],
+                "unusable_rows": values["unusable_rows"],
                 "k_base": values["pre"],
                 "k_noise_vt": values["noise_vt"],
                 "k_prompts_only": values["prompts_only"],
@@ -53,8 +57,7 @@ def collect(folder: Path) -> dict[str, Any]:
     for name in ACCURACY:
         for record in _read(folder / "accuracy" / name / "scores.json", origins, folder):
             tasks[record["task"]]["accuracy"][name] = {
-                key: record["values"][key]
-                for key in ("n", "accuracy", "low", "high", "unparsed_rate", "seconds_per_sample")
+                key: record["values"][key] for key in ACCURACY_VALUES
             }
     return {"tasks": tasks, "files": origins}
 
@@ -95,45 +98,79 @@ def effect(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table, what it means, and where its numbers come from."""
-    tasks = summary["tasks"]
-    header = ["task", "K_gen of the base", "gap closed, OPSD", "gap closed, noise"]
-    header += [f"{title}" for title in ACCURACY.values()]
-    lines = [_line(header), _line(["---"] * len(header))]
-    for task, row in tasks.items():
-        gap = row["gap_dataset"]
-        cells = [task if task != OVERALL else "**overall**", f"{gap['k_base']['value']:.3f}"]
-        cells += [f"{100 * gap['gap_closed'][arm]['value']:.0f} %" for arm in ARMS]
-        cells += [f"{100 * row['accuracy'][name]['accuracy']:.1f}" for name in ACCURACY]
-        lines.append(_line(cells))
-    n = {task: row["accuracy"]["opsd"]["n"] for task, row in tasks.items() if task != OVERALL}
-    own = tasks[OVERALL]["gap_sample"]["gap_closed"]
+    """The tables, what they mean, and where their numbers come from."""
+    tasks, files = summary["tasks"], summary["files"]
+    overall = tasks[OVERALL]
+    n = min(row["accuracy"]["opsd"]["n"] for row in tasks.values())
+    texts = min(row["gap_dataset"]["n"] for row in tasks.values())
+    own = overall["gap_sample"]["gap_closed"]
     gains = summary["effect"][OVERALL]
+    commits = ", ".join(dict.fromkeys(origin["commit"] for origin in files.values()))
+    unusable = sum(row["unusable_rows"] for row in _counted(overall))
     text = [
         "# Quickstart: what distillation did to the miniature",
         "",
-        *lines,
+        f"Accuracy in %, with 95 % intervals: greedy decoding of {n} test items per task.",
         "",
-        f"Accuracy in %, greedy decoding, {min(n.values())} test items per task; K_gen in nats per "
-        f"token on {tasks[OVERALL]['gap_dataset']['n']} data set texts of the test split. "
-        "Overall is the mean over tasks.",
+        *_table(["task", *ACCURACY.values()], {t: _accuracies(row) for t, row in tasks.items()}),
+        "",
+        f"K_gen, the KL between the base with and without VTs, in nats per token on {texts} data "
+        "set texts per task, and the share of it that training closed, with 95 % intervals.",
+        "",
+        *_table(
+            ["task", "K_gen of the base", "gap closed, OPSD", "gap closed, noise control"],
+            {task: _gaps(row["gap_dataset"]) for task, row in tasks.items()},
+        ),
         "",
         f"OPSD is {gains['above_base']:+.1f} points above the untrained base and "
         f"{gains['above_noise']:+.1f} above the noise control. On the base's own samples OPSD "
-        f"closed {100 * own['opsd']['value']:.0f} % of the gap, noise "
-        f"{100 * own['noise']['value']:.0f} %. "
-        "The noise control is expected to end near the base's accuracy with a noise VT. "
-        "One seed; the spread over seeds is not in this table.",
+        f"closed {_share(own['opsd']['value'])} of the gap, noise {_share(own['noise']['value'])}. "
+        "The noise control is expected to end near the base's accuracy with noise VTs. "
+        "Overall is the mean over tasks. One seed; the spread over seeds is not in these tables.",
+        *([f"\n{unusable} unusable rows were passed over, see summary.json."] if unusable else []),
         "",
-        f"Seed {summary['seed']}, commit {summary['commit']}. Files and what wrote them:",
+        f"Seed {summary['seed']}, commit {commits}. Files and what wrote them:",
         "",
-        *(f"- `{file}`: `{origin['command']}`" for file, origin in summary["files"].items()),
+        *(f"- `{file}`: `{origin['command']}`" for file, origin in files.items()),
     ]
     return "\n".join(text) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _counted(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a task that say how many rows were unusable."""
+    return [*(row[name] for name in DIAGNOSTICS), *row["accuracy"].values()]
+
+
+def _accuracies(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{100 * value['accuracy']:.1f} ({100 * value['low']:.0f} .. {100 * value['high']:.0f})"
+        for value in (row["accuracy"][name] for name in ACCURACY)
+    ]
+
+
+def _gaps(gap: dict[str, Any]) -> list[str]:
+    k = gap["k_base"]
+    closed = [gap["gap_closed"][arm] for arm in ARMS]
+    return [
+        f"{k['value']:.3f} ({k['low']:.3f} .. {k['high']:.3f})",
+        *(f"{_share(c['value'])} ({100 * c['low']:.0f} .. {100 * c['high']:.0f})" for c in closed),
+    ]
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _table(header: Sequence[str], rows: dict[str, Sequence[str]]) -> list[str]:
+    """Lines of a markdown table, padded so that it can be read in a terminal as well."""
+    lines = [header, *([task, *cells] for task, cells in rows.items())]
+    first, *others = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    padded = [
+        [name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))]
+        for name, *cells in lines
+    ]
+    return [f"| {' | '.join(cells)} |" for cells in padded]
 
 
 def write_summary(folder: Path, checkpoints: Path, seed: int) -> dict[str, Any]:
@@ -141,10 +178,15 @@ def write_summary(folder: Path, checkpoints: Path, seed: int) -> dict[str, Any]:
     training = training_origins(checkpoints)
     summary = {"seed": seed, **run_info(), **collect(folder)}
     summary["files"] = training | summary["files"]
+    for file, origin in summary["files"].items():
+        if origin["seed"] != seed:
+            raise UsageError(
+                f"{file} is of seed {origin['seed']}, --seed says {seed}: name that one"
+            )
     summary["effect"] = effect(summary["tasks"])
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_atomic(folder / "summary.md", markdown(summary))
-    quickstart_figure(summary, ACCURACY, folder / "summary.png")
+    quickstart_figure(summary, ACCURACY).savefig(folder / "summary.png", dpi=150)
     return summary
 
 
@@ -156,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint_dir", default="checkpoints/quickstart", help="of its two students"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run, for the record")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run")
     args = parser.parse_args(argv)
     folder = Path(args.results_dir)
     with exit_on_user_error():

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -17,18 +18,20 @@ from tqdm import tqdm
 
 from data.answers import answers_match
 from data.contexts import student_context, teacher_context
-from data.example import DataError, Example, ExampleError, Fields
+from data.example import DataError, Example, Fields
 from data.mixture import MixtureConfig
-from data.parquet import SPLITS, ParquetSource, iter_examples
+from data.parquet import SPLITS, ParquetSource, RowReader, iter_examples
 from data.processor import Processor
 from data.streams import stream_seed
 from eval.session import (
+    announce,
     open_sources,
     origin,
     parser_of,
     pick_device,
     positive,
     table,
+    unusable_rows,
 )
 from eval.statistics import OVERALL, wilson_interval
 from inferencer import Completion, InterleaveInferencer
@@ -145,7 +148,7 @@ class Evaluation:
             full_text_only_thought=False,
             max_rounds=sources.max_reference_rounds,
         )
-        self.unusable: list[str] = []
+        self.reader = RowReader(sources.max_skip_fraction)
 
     def __len__(self) -> int:
         """Samples, before unusable rows are left out."""
@@ -156,26 +159,26 @@ class Evaluation:
         return sum(min(n, self.args.limit_per_task or n) for n in rows)
 
     def batches(self) -> Iterator[list[Example]]:
-        """Batches of one task each, so that the time per sample is that of the task."""
+        """Batches of one task each, so that the time per sample is that of the task.
+
+        Raises:
+            DataError: too many rows are unusable, or all of a task.
+        """
         for name in self.sources.dataset_names:
-            batch = []
-            for example in iter_examples(
+            examples = iter_examples(
                 self.args.data_root,
                 [name],
+                self.reader,
                 self.args.split,
                 self.args.limit_per_task,
                 fields=self.fields,
-                on_error=self._note,
-            ):
-                batch.append(example)
-                if len(batch) == self.args.batch_size:
-                    yield batch
-                    batch = []
-            if batch:
+            )
+            found = False
+            while batch := list(islice(examples, self.args.batch_size)):
+                found = True
                 yield batch
-
-    def _note(self, error: ExampleError) -> None:
-        self.unusable.append(str(error))
+            if not found:
+                raise DataError(f"{name}: no usable row; the last one: {self.reader.last_error}")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
@@ -196,17 +199,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
     inferencer = InterleaveInferencer.from_pretrained(
         args.model_path, device, DTYPES[name], args.weights
     )
+    announce(args.model_path, args.weights, inferencer.model)
     params = SamplingParams(args.max_new_tokens, args.temperature, args.eval_image_skips)
     predictions: list[Prediction] = []
     with tqdm(total=total, desc=args.context, unit="sample", dynamic_ncols=True) as bar:
         for batch in evaluation.batches():
             predictions += predict(inferencer, batch, args.context, params, args.seed)
             bar.update(len(batch))
-    if not predictions:
-        raise DataError(f"no usable row; the first error: {evaluation.unusable[0]}")
     scores = all_scores(predictions)
+    for task, row in scores.items():
+        row["unusable_rows"] = unusable_rows(evaluation.reader, task)
     write_results(args, predictions, scores)
-    report(args, scores, evaluation.unusable)
+    report(args, scores, evaluation.reader.last_error)
     return scores
 
 
@@ -231,8 +235,8 @@ def write_results(
     write_records(folder / "scores.json", totals)
 
 
-def report(args: argparse.Namespace, scores: dict[str, dict], unusable: Sequence[str]) -> None:
-    """Print the table."""
+def report(args: argparse.Namespace, scores: dict[str, dict], last_error: str) -> None:
+    """Print the table, and what could not be used."""
     header = ["task", "n", "accuracy", "95 %", "unparsed", "tokens", "s/sample"]
     rows = [
         [
@@ -248,8 +252,8 @@ def report(args: argparse.Namespace, scores: dict[str, dict], unusable: Sequence
     ]
     print(f"{args.model_path}, {args.context} context, {args.split}, batches of {args.batch_size}")
     print(table(header, rows))
-    if unusable:
-        print(f"{len(unusable)} unusable rows were left out; the last one: {unusable[-1]}")
+    if count := scores[OVERALL]["unusable_rows"]:
+        print(f"{count} unusable rows were left out; the last one: {last_error}")
     print(f"saved {args.output_dir}/scores.json and predictions.jsonl")
 
 

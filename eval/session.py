@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 from data.mixture import MixtureConfig
+from data.parquet import RowReader
+from eval.statistics import OVERALL
+from modeling.bagel import Bagel
+from modeling.pretrained import Weights, find_weights
 from train.config import UsageError
 from train.records import config_hash, run_info
 
@@ -75,6 +79,14 @@ def open_sources(config_file: str) -> MixtureConfig:
     return MixtureConfig.load(config_file)
 
 
+def announce(path: str | Path, weights: Weights, model: Bagel) -> None:
+    """Print which weights `model` has: a folder may hold a student and its EMA teacher."""
+    opened = find_weights(path, weights).name
+    kind = "ema" if Path(opened).name.startswith("ema.") else "student"
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"opened {opened}: {kind} weights, {count:.2f} M parameters", flush=True)
+
+
 def checkpoint_step(path: str | Path) -> int | None:
     """Optimizer steps of a checkpoint of this project; None for a released folder."""
     file = Path(path) / "run.json"
@@ -98,6 +110,11 @@ def origin(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         "config_hash": config_hash(settings),
         "info": run_info(),
     }
+
+
+def unusable_rows(reader: RowReader, task: str) -> int:
+    """Rows of a task, or of all of them ("overall"), that were passed over."""
+    return reader.skipped.total() if task == OVERALL else reader.skipped[task]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,8 +1,11 @@
-"""Ask a checkpoint about an image, or about a picture of the miniature world that is drawn for it.
+r"""Ask a checkpoint about an image, or about a picture of the miniature world that is drawn for it.
 
     python -m examples.inference_demo --model_path models/ThinkMorph-7B --image problem.png \
         --question "Which way is the exit?"
     python -m examples.inference_demo --model_path models/mini-base --example Jigsaw_Assembly
+
+Prints the question, what the model wrote, the answer in it, the right answer of a drawn picture,
+and the time it took.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from data.example import DECODE_ERRORS, decode_image
 from data.miniworld.record import MiniRecord
 from data.miniworld.world import TASKS
 from data.miniworld.write import split_records
-from eval.session import pick_device, positive
+from eval.session import announce, pick_device, positive
 from inferencer import Completion, InterleaveInferencer
 from train.config import UsageError
 from train.session import exit_on_user_error
@@ -69,6 +72,7 @@ def demo(args: argparse.Namespace) -> None:
             image.save(args.save_image)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inferencer = InterleaveInferencer.from_pretrained(args.model_path, device, dtype, args.weights)
+    announce(args.model_path, args.weights, inferencer.model)
     start = time.perf_counter()
     completion = inferencer.answer(
         [image],
@@ -77,47 +81,60 @@ def demo(args: argparse.Namespace) -> None:
         temperature=args.temperature if args.do_sample else 0.0,
         seed=args.seed,
     )
+    seconds = time.perf_counter() - start
     print(f"question:   {question}")
-    show(completion, time.perf_counter() - start)
+    show(completion, item)
+    tokens = len(completion.rollout.token_ids)
+    print(f"time:       {seconds:.2f} s for {tokens} tokens, {tokens / seconds:.1f} tokens/s")
+    if args.save_image:
+        print(f"picture:    {args.save_image}")
+
+
+def show(completion: Completion, item: MiniRecord | None) -> None:
+    """Completion, extracted answer, and the right answer where it is known."""
+    print(f"completion: {completion.text}")
+    print(f"answer:     {completion.answer or 'none found between <answer> and </answer>'}")
     if item is not None:
         right = completion.answer is not None and answers_match(completion.answer, item.answer)
         print(f"gold:       {item.answer} ({'right' if right else 'wrong'}, {item.task})")
-        if args.save_image:
-            print(f"picture:    {args.save_image}")
-
-
-def show(completion: Completion, seconds: float) -> None:
-    """Completion, extracted answer, speed."""
-    tokens = len(completion.rollout.token_ids)
-    print(f"completion: {completion.text}")
-    print(f"answer:     {completion.answer or 'none found between <answer> and </answer>'}")
-    print(f"speed:      {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.inference_demo",
-        description="Ask a checkpoint about an image.",
+        description=__doc__,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model_path", default="models/ThinkMorph-7B", help="checkpoint folder")
-    add("--weights", choices=("auto", "student", "ema"), default="auto", help="of that folder")
-    add("--image", help="image file")
-    add("--question", help="what to ask about it")
+    add(
+        "--model_path",
+        default="models/ThinkMorph-7B",
+        help="checkpoint folder (default: %(default)s)",
+    )
+    add(
+        "--weights",
+        choices=("auto", "student", "ema"),
+        default="auto",
+        help="which ones of that folder; auto is the student of a run, and the EMA weights of a "
+        "released checkpoint if it has them",
+    )
+    add("--image", metavar="FILE", help="picture to ask about")
+    add("--question", metavar="TEXT", help="what to ask about it")
     add(
         "--example",
         nargs="?",
         const="any",
         choices=("any", *TASKS),
-        help="draw an item of the miniature world instead of --image and --question",
+        metavar="TASK",
+        help="draw an item of the miniature world instead of --image and --question: any (also "
+        f"without a value), {', '.join(TASKS)}",
     )
     add("--save_image", metavar="FILE.png", help="where to save the picture of --example")
-    add("--max_new_tokens", type=int, default=1024)
+    add("--max_new_tokens", type=int, default=1024, help="budget (default: %(default)s)")
     add("--do_sample", action="store_true", help="sample; without it decoding is greedy")
-    add("--temperature", type=float, default=0.3, help="with --do_sample")
-    add("--seed", type=int, default=0, help="of --do_sample and --example")
+    add("--temperature", type=float, default=0.3, help="with --do_sample (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of --do_sample and --example (default: %(default)s)")
     add("--device", default="auto", help="auto (cuda where there is a GPU), cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     given = args.image is not None or args.question is not None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.miniworld.model import write_untrained
 from data.miniworld.world import TASKS
-from data.miniworld.write import write_dataset
+from data.miniworld.write import write_shards
 
 ROWS = 6  # per task
 
@@ -12,7 +12,8 @@ ROWS = 6  # per task
 def write_world(root: Path) -> Path:
     """Data sets with a validation split, and two checkpoints, `base` and `other`."""
     for task in TASKS:
-        write_dataset(root / "datasets", task, "validation", ROWS, seed=0)
+        data = root / "datasets" / task / "data"
+        write_shards(data, task, "validation", ROWS, seed=0, shards=range(1))
     write_untrained(root / "base", seed=0)
     write_untrained(root / "other", seed=1)
     return root

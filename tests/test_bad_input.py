@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -128,6 +129,17 @@ def test_broken_tokenizer(fails, model, text):
     assert "copy tokenizer.json" in message
 
 
+def test_image_limits_beyond_the_encoder(fails, model):
+    file = model / "preprocessor_config.json"
+    limits = json.loads(file.read_text())
+    file.write_text(json.dumps(limits | {"max_image_size": 70, "max_pixels": 4900}))
+    message = fails(model_path=model)
+    assert f"{file}: max_image_size 70 makes sides of 5 patches, image_size 56 of " in message
+    file.write_text(json.dumps(limits | {"image_stride": 28}))
+    message = fails("sft", model_path=model)
+    assert f"{file}: image_stride 28 is not the patch_size 14 of {model}/vit_config" in message
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -160,6 +172,17 @@ def test_missing_column(fails, tmp_path):
     write_source(tmp_path / "datasets", "Text", [record(0, full_text_only_thought=...)])
     message = fails("sft", **mixture(tmp_path, ["Text"], "text_reasoning"))
     assert "missing column(s) full_text_only_thought" in message
+
+
+@pytest.mark.parametrize("trainer", MAINS)
+def test_image_column_of_plain_bytes(fails, tmp_path, trainer):
+    rows = [record(i) | {"problem_image_0": png(i)} for i in range(3)]
+    file = tmp_path / "datasets" / "Toy" / "data" / "train-00000.parquet"
+    file.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    group = "visual_opsd" if trainer == "opsd" else "text_reasoning"
+    message = fails(trainer, **mixture(tmp_path, group=group))
+    assert f"{file}: column problem_image_0 is of type binary; expected struct<" in message
 
 
 def test_no_files(fails, tmp_path):
@@ -234,7 +257,7 @@ def test_damaged_images_are_skipped_and_counted(tmp_path, monkeypatch):
     opsd.main()
     (line,) = metric_lines(tmp_path)
     assert line["skipped_records"] == pytest.approx(3 / 12)  # every row of the epoch comes once
-    assert line["over_cap"] == line["empty_completions"] == 0  # others took their places
+    assert line["over_cap"] == 0  # all twelve rows became prompts: others took their places
 
 
 @pytest.mark.parametrize("workers", [0, 1])

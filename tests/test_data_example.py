@@ -4,7 +4,6 @@ import pytest
 
 from data.example import (
     ALL_FIELDS,
-    QUESTION_FIELDS,
     DataError,
     ExampleError,
     Fields,
@@ -12,6 +11,8 @@ from data.example import (
     decode_example,
 )
 from tests.data_helpers import cell, noisy_png, png, record
+
+QUESTION_FIELDS = Fields(visual_thoughts=False, thoughts=False, full_text_only_thought=False)
 
 
 def test_every_field_of_a_row():

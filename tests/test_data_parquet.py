@@ -3,12 +3,15 @@
 import multiprocessing
 import pickle
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.example import ALL_FIELDS, QUESTION_FIELDS, DataError, ExampleError, Fields
-from data.parquet import ParquetSource, iter_examples, permutation, resolve_root
-from tests.data_helpers import cell, record, write_source
+from data.example import ALL_FIELDS, DataError, Fields
+from data.parquet import ParquetSource, RowReader, iter_examples, permutation, resolve_root
+from tests.data_helpers import cell, png, record, write_source
+
+QUESTION_FIELDS = Fields(visual_thoughts=False, thoughts=False, full_text_only_thought=False)
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_splits_are_words_of_the_file_name(root):
 def test_no_files_says_where_it_looked_and_what_to_do(tmp_path, root):
     with pytest.raises(DataError, match=r"Nope/data/\*train\*\.parquet.*VISUAL_OPSD_DATA_ROOT"):
         ParquetSource(tmp_path, "Nope")
-    with pytest.raises(DataError, match="present: train-00000.*download_model"):
+    with pytest.raises(DataError, match="present: train-00000.*INSTALL.md has the downloads"):
         ParquetSource(root, "Toy", "validation")
 
 
@@ -132,17 +135,19 @@ def test_pickled_and_forked_sources_open_their_own_files(root):
 
 def test_iter_examples_in_file_order(root):
     write_source(root, "Other", [record(i) for i in range(5)])
-    keys = [e.key for e in iter_examples(root, ["Toy", "Other"], limit_per_source=3)]
+    reader = RowReader(0.0)
+    keys = [e.key for e in iter_examples(root, ["Toy", "Other"], reader, limit_per_source=3)]
     assert keys == ["Toy/p0", "Toy/p1", "Toy/p2", "Other/p0", "Other/p1", "Other/p2"]
-    assert len(list(iter_examples(root, ["Other"]))) == 5
+    assert len(list(iter_examples(root, ["Other"], reader))) == 5
+    assert (reader.tried, reader.skipped.total()) == (11, 0)
 
 
 def test_seeded_sample_is_stratified_and_without_replacement(root):
     write_source(root, "Other", [record(i) for i in range(9)])
 
     def sample(seed):
-        names = ["Toy", "Other"]
-        return [e.key for e in iter_examples(root, names, limit_per_source=6, seed=seed)]
+        names, reader = ["Toy", "Other"], RowReader(0.0)
+        return [e.key for e in iter_examples(root, names, reader, limit_per_source=6, seed=seed)]
 
     keys = sample(1)
     assert len(set(keys)) == 12
@@ -151,19 +156,65 @@ def test_seeded_sample_is_stratified_and_without_replacement(root):
     assert keys != sample(None)
 
 
-def test_unusable_rows_are_reported_and_replaced(tmp_path):
+def test_unusable_rows_are_counted_and_replaced(tmp_path):
     rows = [record(i) for i in range(6)]
     rows[1]["problem_image_0"] = cell(b"junk")
     rows[2]["reasoning_image_0"] = cell(None)
     write_source(tmp_path, "Toy", rows)
-    with pytest.raises(ExampleError, match="row 1 of Toy"):
-        list(iter_examples(tmp_path, ["Toy"]))
-    errors = []
-    found = iter_examples(tmp_path, ["Toy"], limit_per_source=3, on_error=errors.append)
-    assert [example.pid for example in found] == ["p0", "p3", "p4"]
-    assert len(errors) == 2
-    lenient = iter_examples(tmp_path, ["Toy"], fields=QUESTION_FIELDS, on_error=errors.append)
+    write_source(tmp_path, "Other", rows[:2])
+    reader = RowReader(0.0)
+    found = iter_examples(tmp_path, ["Toy", "Other"], reader, limit_per_source=3)
+    assert [example.key for example in found] == ["Toy/p0", "Toy/p3", "Toy/p4", "Other/p0"]
+    assert reader.skipped == {"Toy": 2, "Other": 1} and reader.tried == 7
+    assert "row 1 of Other" in reader.last_error
+    lenient = iter_examples(tmp_path, ["Toy"], reader, fields=QUESTION_FIELDS)
     assert [example.pid for example in lenient] == ["p0", "p2", "p3", "p4", "p5"]
+    assert reader.skipped["Toy"] == 3
+
+
+def test_the_share_of_unusable_rows_is_judged_from_200_rows_on(tmp_path):
+    rows = [record(i) for i in range(210)]
+    for row in (0, 1, 2, 205):
+        rows[row]["problem_image_0"] = cell(b"junk")
+    write_source(tmp_path, "Toy", rows)
+    assert len(list(iter_examples(tmp_path, ["Toy"], RowReader(0.02)))) == 206
+    reader = RowReader(0.019)
+    with pytest.raises(DataError, match=r"4 of 206 rows were unusable.*row 205 of Toy"):
+        list(iter_examples(tmp_path, ["Toy"], reader))
+    assert reader.tried == 206
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "value", "usable"),
+    [
+        ("problem_image_0", pa.binary(), png(1), False),
+        ("reasoning_image_0", pa.binary(), png(1), False),
+        ("reasoning_image_1", pa.string(), "maze.png", False),
+        ("problem_image_0", pa.struct([("path", pa.string())]), {"path": "maze.png"}, False),
+        ("problem_image_0", pa.struct([("bytes", pa.string())]), {"bytes": "maze.png"}, False),
+        ("problem_image_0", pa.list_(pa.uint8()), [1, 2], False),
+        ("problem_image_0", pa.struct([("bytes", pa.large_binary())]), {"bytes": png(1)}, True),
+        ("reasoning_image_1", pa.null(), None, True),
+        ("reasoning_image_1", pa.struct([("bytes", pa.null())]), None, True),
+    ],
+)
+def test_image_columns_of_another_type_are_named(tmp_path, column, kind, value, usable):
+    row = {**record(0), column: value}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    types = {name: image if "_image_" in name else pa.string() for name in row} | {column: kind}
+    file = tmp_path / "Toy" / "data" / "train-00000.parquet"
+    file.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row], pa.schema(list(types.items()))), file)
+    if usable:
+        assert len(ParquetSource(tmp_path, "Toy").example(0).visual_thoughts) == 1
+        return
+    with pytest.raises(DataError) as caught:
+        ParquetSource(tmp_path, "Toy")
+    message = str(caught.value)
+    found = pq.read_schema(file).field(column).type
+    assert f"{file}: column {column} is of type {found}; expected struct<bytes: binary" in message
+    if column != "problem_image_0":
+        assert len(ParquetSource(tmp_path, "Toy", fields=QUESTION_FIELDS)) == 1  # it is not read
 
 
 def test_permutation_is_pinned():

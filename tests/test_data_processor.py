@@ -8,9 +8,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from data.example import DataError
-from data.processor import Processor, transform_from_dict
+from data.processor import Processor, check_image_limits, transform_from_dict
 from data.prompts import MINI, PAPER
 from data.transforms import ImageTransform
+from modeling.config import BagelConfig, LLMConfig, ViTConfig
 from modeling.tokenizer import Tokenizer
 from tests.data_helpers import SMALL, small_processor
 
@@ -21,33 +22,72 @@ def tokenizer():
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?"))
 
 
-def test_round_trip(tokenizer, tmp_path):
-    Processor(tokenizer, SMALL, MINI).save_pretrained(tmp_path)
-    loaded = Processor.from_pretrained(tmp_path)
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    """What a released checkpoint says about its inputs."""
+    tokenizer.save(tmp_path)
+    BagelConfig(LLMConfig(8, 8, 8, 1, 1, 1), ViTConfig(8, 8, 2, 1)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_round_trip(tokenizer, folder):
+    Processor(tokenizer, SMALL, MINI).save_pretrained(folder)
+    loaded = Processor.from_pretrained(folder)
     assert (loaded.transform, loaded.prompts) == (SMALL, MINI)
     assert loaded.tokenizer.encode("right") == [1]
     assert loaded.tokenizer.special == tokenizer.special
 
 
 @pytest.mark.parametrize("foreign", [None, {"image_processor_type": "SiglipImageProcessor"}])
-def test_released_folders_get_the_paper_settings(tokenizer, tmp_path, foreign):
-    tokenizer.save(tmp_path)
+def test_released_folders_get_the_paper_settings(folder, foreign):
     if foreign:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(foreign))
-    loaded = Processor.from_pretrained(tmp_path)
+        (folder / "preprocessor_config.json").write_text(json.dumps(foreign))
+    loaded = Processor.from_pretrained(folder)
     assert loaded.transform == ImageTransform(980, 378, 14, 2_007_040)
     assert loaded.prompts == PAPER
 
 
-def test_wrong_files_are_refused(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    file = tmp_path / "preprocessor_config.json"
+def test_wrong_files_are_refused(folder):
+    file = folder / "preprocessor_config.json"
     file.write_text(json.dumps({"prompt_set": "papr"}))
     with pytest.raises(ValueError, match="prompt_set 'papr' is not one of"):
-        Processor.from_pretrained(tmp_path)
+        Processor.from_pretrained(folder)
     file.write_text(json.dumps({"prompt_set": "mini", "stride": 14}))
     with pytest.raises(ValueError, match="expected exactly .*got .'stride'"):
-        Processor.from_pretrained(tmp_path)
+        Processor.from_pretrained(folder)
+
+
+def test_limits_have_to_fit_the_image_encoder(folder):
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(SIZES | {"image_stride": 16, "prompt_set": "mini"}))
+    with pytest.raises(DataError, match="image_stride 16 is not the patch_size 14 of .*vit_config"):
+        Processor.from_pretrained(folder)
+    file.write_text(json.dumps(SIZES | {"max_image_size": 1000, "prompt_set": "mini"}))
+    named = "max_image_size 1000 makes sides of 71 patches, image_size 980 of .* for 70; .* to 980"
+    with pytest.raises(DataError, match=named) as caught:
+        Processor.from_pretrained(folder)
+    assert str(caught.value).startswith(str(file))
+    file.unlink()
+    vit = json.loads((folder / "vit_config.json").read_text())
+    (folder / "vit_config.json").write_text(json.dumps(vit | {"image_size": 384}))
+    with pytest.raises(DataError, match=r"the paper's image limits\): max_image_size 980 .* 384"):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("largest", range(48, 64))
+def test_limits_fit_exactly_if_every_image_fits(folder, largest):
+    """A limit between strides may be rounded up; the check knows what the resize does."""
+    transform = ImageTransform(largest, 28, 14, 3136)
+    sizes = [(w, h) for w in range(1, 80, 3) for h in range(1, 80, 3)]
+    patches = max(max(transform.size(*size)) for size in sizes) // 14
+    vit = json.loads((folder / "vit_config.json").read_text())
+    for side in (patches - 1, patches):
+        (folder / "vit_config.json").write_text(json.dumps(vit | {"image_size": 14 * side}))
+        if side == patches:
+            check_image_limits(transform, folder, "here")
+        else:
+            with pytest.raises(DataError, match=f"here: max_image_size {largest} makes sides of"):
+                check_image_limits(transform, folder, "here")
 
 
 SIZES = {"max_image_size": 56, "min_image_size": 28, "image_stride": 14, "max_pixels": 3136}

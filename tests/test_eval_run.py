@@ -1,6 +1,7 @@
 """Accuracy: batched decoding equals decoding alone, scoring rules, averages, contexts, files."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -191,21 +192,71 @@ def test_result_files(world: Path, tmp_path: Path, capsys) -> None:
     assert totals[0]["values"]["batch_size"] == 4 and totals[0]["values"]["context"] == "student"
     out = capsys.readouterr().out
     assert "batches of 4" in out and all(task in out for task in TASKS)
+    parameters = sum(p.numel() for p in load_pretrained(world / "base").parameters())
+    named = f"{world / 'base' / 'model.safetensors'}: student weights, {parameters / 1e6:.2f} M"
+    assert f"opened {named} parameters" in out
+
+
+def test_ema_weights_are_announced(world: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(world / "base", tmp_path / "both")
+    shutil.copy(world / "other" / "model.safetensors", tmp_path / "both" / "ema.safetensors")
+    changes = {"model_path": tmp_path / "both", "limit_per_task": 1, "max_new_tokens": 1}
+    run.main(flags(world, tmp_path / "out", **changes))
+    assert f"{tmp_path / 'both' / 'ema.safetensors'}: ema weights" in capsys.readouterr().out
+    run.main(flags(world, tmp_path / "out", weights="student", **changes))
+    assert f"{tmp_path / 'both' / 'model.safetensors'}: student w" in capsys.readouterr().out
 
 
 def test_a_damaged_row_is_left_out_and_told(world: Path, tmp_path: Path, capsys) -> None:
     root = tmp_path / "datasets"
     shutil.copytree(world / "datasets", root)
-    [file] = (root / TASKS[0] / "data").glob("*.parquet")
-    table = pq.read_table(file)
-    rows = table.to_pylist()
-    rows[2]["problem_image_0"]["bytes"] = b"not a picture"
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
+    damage(root, TASKS[0], [2])
     run.main(flags(world, tmp_path / "out", data_root=root, max_new_tokens=2, batch_size=8))
-    scores = {r["task"]: r["values"]["n"] for r in read_records(tmp_path / "out" / "scores.json")}
-    assert scores == {TASKS[0]: ROWS - 1, **dict.fromkeys(TASKS[1:], ROWS), "overall": 4 * ROWS - 1}
+    scores = {r["task"]: r["values"] for r in read_records(tmp_path / "out" / "scores.json")}
+    counts = {task: row["n"] for task, row in scores.items()}
+    assert counts == {TASKS[0]: ROWS - 1, **dict.fromkeys(TASKS[1:], ROWS), "overall": 4 * ROWS - 1}
+    unusable = {task: row["unusable_rows"] for task, row in scores.items()}
+    assert unusable == {TASKS[0]: 1, **dict.fromkeys(TASKS[1:], 0), "overall": 1}
     out = capsys.readouterr().out
     assert "1 unusable rows" in out and "row 2" in out
+
+
+def test_too_many_unusable_rows_stop_the_run(
+    world: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rule of the trainers: the share is judged, once enough rows have been tried."""
+    root = tmp_path / "datasets"
+    shutil.copytree(world / "datasets", root)
+    damage(root, TASKS[0], [1])
+    damage(root, TASKS[1], [0, 3])
+    arguments = flags(world, tmp_path / "out", data_root=root, max_new_tokens=2, batch_size=8)
+    monkeypatch.setattr("data.parquet.MIN_JUDGED_ROWS", ROWS + 4)
+    with pytest.raises(SystemExit) as exit_:
+        run.main(arguments)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2
+    assert error.startswith(f"error: 3 of {ROWS + 4} rows were unusable") and "row 3 of" in error
+    assert "max_skip_fraction=0.01" in error and not (tmp_path / "out").exists()
+
+
+def test_a_task_without_a_usable_row_stops_the_run(world: Path, tmp_path: Path, capsys) -> None:
+    root = tmp_path / "datasets"
+    shutil.copytree(world / "datasets", root)
+    damage(root, TASKS[1], range(ROWS))
+    with pytest.raises(SystemExit):
+        run.main(flags(world, tmp_path / "out", data_root=root, max_new_tokens=2))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{TASKS[1]}: no usable row; the last one: " in error and "column problem_image" in error
+
+
+def damage(root: Path, task: str, rows: Iterable[int]) -> None:
+    """Replace the problem images of rows by bytes that are no picture."""
+    [file] = (root / task / "data").glob("*.parquet")
+    table = pq.read_table(file)
+    records = table.to_pylist()
+    for row in rows:
+        records[row]["problem_image_0"]["bytes"] = b"not a picture"
+    pq.write_table(pa.Table.from_pylist(records, table.schema), file)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """InterleaveInferencer and the demo: the tokens of the model's own decoding, and clear errors."""
 
+import re
+import shlex
 from pathlib import Path
 
 import PIL.Image
@@ -129,7 +131,10 @@ def test_demo_on_a_drawn_picture(folder: Path, inferencer, tmp_path: Path, capsy
     text = by_hand(inferencer, [item.problem_image], item.question, SamplingParams(TOKENS, 0.0, 0))
     assert f"completion: {text}" in out
     assert f"gold:       {item.answer} (wrong, {TASKS[2]})" in out
-    assert f"{TOKENS} tokens in" in out and "tokens/s" in out
+    assert f" s for {TOKENS} tokens, " in out and "tokens/s" in out
+    assert f"opened {folder / 'model.safetensors'}: student weights" in out
+    order = ("question:", "completion:", "answer:", "gold:", "time:", "picture:")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(order)
     inference_demo.main([*common, "--image", str(picture), "--question", item.question])
     again = capsys.readouterr().out
     assert f"completion: {text}" in again and "gold" not in again
@@ -163,3 +168,15 @@ def test_demo_refuses_incomplete_questions(capsys, arguments) -> None:
         inference_demo.main(arguments)
     assert exit_.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_demo_help_shows_commands_that_parse(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        inference_demo.main(["--help"])
+    out = capsys.readouterr().out
+    assert "--image problem.png \\\n" in out  # the backslash is for the reader's shell
+    text = out.replace("\\\n", " ")
+    commands = re.findall(r"^ +python -m examples.inference_demo (.*)$", text, re.MULTILINE)
+    assert exit_.value.code == 0 and len(commands) == 2
+    asked, drawn = (inference_demo.parse(shlex.split(command)) for command in commands)
+    assert asked.image and asked.question and drawn.example in TASKS

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.contexts import reference_completion, student_context, teacher_context
+from data.example import ExampleError
 from data.miniworld.world import TASKS
 from data.parquet import ParquetSource
 from data.processor import Processor
@@ -211,6 +212,66 @@ def test_empty_samples_are_left_out(
     for key, values in kept.items():
         assert values["pre"] == pytest.approx(full[key]["pre"], rel=1e-4)
         assert values["post:other"] == pytest.approx(full[key]["post:other"], rel=1e-4)
+
+
+def test_unusable_rows_are_replaced_and_counted(
+    world: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A student is measured on the same rows as the base, and the count is that of one pass."""
+    first, *others = json.loads((results / "ids.json").read_text())
+    honest = ParquetSource.example
+
+    def damaged(self, row):
+        drawn = honest(self, row)
+        if drawn.key == first:
+            raise ExampleError(f"{first} is damaged")
+        return drawn
+
+    monkeypatch.setattr(ParquetSource, "example", damaged)
+    students = ["--student_path", f"other={world / 'other'}"]
+    kl_diagnostic.main(flags(world, tmp_path, num_samples=16) + students)
+    keys = [r["id"] for r in read_records(tmp_path / "records.jsonl")]
+    assert len(set(keys)) == 16 and first not in keys
+    assert set(keys[4:]) == set(others[3:])  # the other tasks keep their rows
+    summary = {r["task"]: r["values"] for r in read_records(tmp_path / "summary.json")}
+    unusable = {task: row["unusable_rows"] for task, row in summary.items()}
+    assert unusable == {TASKS[0]: 1, **dict.fromkeys(TASKS[1:], 0), "overall": 1}
+    out = capsys.readouterr().out
+    assert f"1 unusable rows were replaced; the last one: {first} is damaged" in out
+    assert f"opened {world / 'base' / 'model.safetensors'}: student weights" in out
+    assert f"opened {world / 'other' / 'model.safetensors'}: student weights" in out
+
+
+def test_too_many_unusable_rows_stop_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def damaged(self, row):
+        raise ExampleError(f"row {row} of {self.name} is damaged")
+
+    monkeypatch.setattr(ParquetSource, "example", damaged)
+    for least, words in ((3, "3 of 3 rows were unusable"), (200, "0 usable rows, 2 were asked")):
+        monkeypatch.setattr("data.parquet.MIN_JUDGED_ROWS", least)
+        with pytest.raises(SystemExit) as exit_:
+            kl_diagnostic.main(flags(world, tmp_path, num_samples=8))
+        assert exit_.value.code == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_task_without_any_completion_stops_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It would be missing in the overall mean."""
+    honest = Scorer.completions
+
+    def mute(self, examples, source, max_new_tokens):
+        texts = honest(self, examples, "dataset", max_new_tokens)
+        pairs = zip(examples, texts, strict=True)
+        return [() if e.source == TASKS[2] else text for e, text in pairs]
+
+    monkeypatch.setattr(Scorer, "completions", mute)
+    with pytest.raises(SystemExit):
+        kl_diagnostic.main(flags(world, tmp_path, num_samples=8))
+    assert f"{TASKS[2]}: every sampled completion is empty" in capsys.readouterr().err
 
 
 def test_averages_are_over_tokens_then_samples_then_tasks() -> None:

@@ -173,8 +173,8 @@ def test_navigation_answer_is_the_unique_shortest_path_of_the_picture():
         lengths[len(moves)] += 1
         free = sum(sign != "hole" for sign in maze.values())
         assert 0 <= free - (len(moves) + 1) <= 3
-    assert set(lengths) == {2, 3, 4, 5, 6}
-    assert min(lengths.values()) > 300 / 5 * 0.6
+    assert set(lengths) == {2, 3, 4}
+    assert min(lengths.values()) > 300 / 3 * 0.6
 
 
 def test_navigation_thought_shows_move_k_on_ramp_colour_k():
@@ -235,8 +235,6 @@ def test_glyphs_are_far_apart():
 def test_drawing_is_a_function_of_the_generator(task):
     assert records(task, 20) == records(task, 20)
     assert records(task, 20) != records(task, 20, seed=2)
-    one, other = (draw(task, np.random.default_rng(5)) for _ in range(2))
-    assert one == other
 
 
 def test_unknown_task_is_refused():

@@ -19,7 +19,7 @@ from data.miniworld.preview import contact_sheet
 from data.miniworld.record import MiniRecord
 from data.miniworld.tokenizer import PROMPTS, SPECIAL_TOKENS, TAGS, save_tokenizer
 from data.miniworld.world import TASKS, draw
-from data.miniworld.write import split_records, write_dataset
+from data.miniworld.write import SHARD_ROWS, shard_count, split_records, write_shards
 
 SEARCH, NAVIGATION, JIGSAW, CHART = TASKS
 
@@ -95,17 +95,22 @@ def test_any_text_round_trips(tokenizer, text):
 # --- files ---------------------------------------------------------------------------------------
 
 
+def write_split(folder: Path, task: str, split: str, n: int, seed: int, shard_rows=SHARD_ROWS):
+    """All shards of a split."""
+    shards = range(shard_count(n, shard_rows))
+    return write_shards(folder, task, split, n, seed, shards, shard_rows)
+
+
 def test_files_have_the_released_layout(tmp_path):
-    paths = write_dataset(tmp_path, CHART, "train", n=300, seed=0, shard_rows=200)
-    assert [str(path.relative_to(tmp_path)) for path in paths] == [
-        "Chart_Refocus/data/train-00000-of-00002.parquet",
-        "Chart_Refocus/data/train-00001-of-00002.parquet",
+    paths = write_split(tmp_path, CHART, "train", n=300, seed=0, shard_rows=200)
+    assert paths == [
+        tmp_path / "train-00000-of-00002.parquet",
+        tmp_path / "train-00001-of-00002.parquet",
     ]
     for split in ("test", "validation"):
-        (path,) = write_dataset(tmp_path, CHART, split, n=20, seed=0)
+        (path,) = write_split(tmp_path, CHART, split, n=20, seed=0)
         assert "train" not in path.name
         assert path.name.startswith(split)
-    assert not list(tmp_path.rglob(".*"))  # nothing unfinished left behind
     file = pq.ParquetFile(paths[0])
     assert file.metadata.num_rows == 200
     assert file.metadata.row_group(0).num_rows == 128
@@ -124,7 +129,7 @@ def test_files_have_the_released_layout(tmp_path):
 
 
 def test_rows_hold_the_records_bit_for_bit(tmp_path):
-    (path,) = write_dataset(tmp_path, JIGSAW, "train", n=30, seed=7)
+    (path,) = write_split(tmp_path, JIGSAW, "train", n=30, seed=7)
     rng = random.Random(f"7/{JIGSAW}/train/0")
     expected = split_records(JIGSAW, "train", 30, rng)
     for row, record in zip(pq.read_table(path).to_pylist(), expected, strict=True):
@@ -144,7 +149,7 @@ def test_rows_hold_the_records_bit_for_bit(tmp_path):
 def test_pids_are_unique_and_files_depend_on_the_seed_alone(tmp_path):
     def table(folder, seed):
         return [
-            pq.read_table(p) for p in write_dataset(folder, SEARCH, "test", 60, seed, shard_rows=25)
+            pq.read_table(p) for p in write_split(folder, SEARCH, "test", 60, seed, shard_rows=25)
         ]
 
     first, again, other = (table(tmp_path / str(i), seed) for i, seed in enumerate((3, 3, 4)))
@@ -152,16 +157,6 @@ def test_pids_are_unique_and_files_depend_on_the_seed_alone(tmp_path):
     assert first != other
     pids = [pid for part in first for pid in part["pid"].to_pylist()]
     assert len(set(pids)) == 60
-
-
-def test_existing_split_is_not_overwritten_unasked(tmp_path):
-    (path,) = write_dataset(tmp_path, SEARCH, "test", n=5, seed=0)
-    before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="test-00000-of-00001.parquet exists"):
-        write_dataset(tmp_path, SEARCH, "test", n=5, seed=1)
-    assert path.read_bytes() == before
-    parts = write_dataset(tmp_path, SEARCH, "test", n=5, seed=1, shard_rows=3, overwrite=True)
-    assert sorted(path.parent.iterdir()) == parts
 
 
 @pytest.mark.parametrize(
@@ -174,7 +169,7 @@ def test_existing_split_is_not_overwritten_unasked(tmp_path):
 )
 def test_bad_arguments_are_named(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        write_dataset(tmp_path, *arguments, seed=0)
+        write_shards(tmp_path, *arguments, seed=0, shards=range(1))
     assert not any(tmp_path.iterdir())
 
 
@@ -202,7 +197,7 @@ def test_command_writes_all_tasks_and_refuses_to_replace_them(tmp_path):
     assert run("--seed", "1", "--overwrite").returncode == 0
     assert all(path.read_bytes() != old for path, old in files.items())
     # The library call and the command draw the same rows.
-    (path,) = write_dataset(tmp_path / "again", CHART, "test", n=4, seed=1)
+    (path,) = write_split(tmp_path / "again", CHART, "test", n=4, seed=1)
     assert pq.read_table(path) == pq.read_table(root / CHART / "data" / path.name)
 
 

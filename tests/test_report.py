@@ -2,14 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
+from matplotlib.text import Text
 
+from eval.figures import quickstart_figure
 from eval.report import ACCURACY, ARMS, DIAGNOSTICS, collect, effect, main, write_summary
 from train.config import UsageError
-from train.records import base_record, write_records
+from train.records import base_record, read_records, write_records
 
-TASKS = ("Visual_Search", "Chart_Refocus", "overall")
-SHARES = {"base": 0.3, "noise": 0.25, "opsd": 0.9, "base_vt": 0.98, "base_noise_vt": 0.28}
+TASKS = ("Visual_Search", "Chart_Refocus", "Spatial_Navigation", "Jigsaw_Assembly", "overall")
+SHARES = {"base": 0.3, "noise": 0.25, "opsd": 0.9, "base_vt": 0.95, "base_noise_vt": 0.28}
 
 
 def estimate(value):
@@ -35,6 +40,7 @@ def results(tmp_path):
                     task,
                     {
                         "n": 10,
+                        "unusable_rows": 0,
                         "pre": estimate(k),
                         "noise_vt": estimate(k + 1),
                         "prompts_only": estimate(k + 2),
@@ -56,6 +62,7 @@ def results(tmp_path):
                     "low": 0.2,
                     "high": 1.0,
                     "unparsed_rate": 0.0,
+                    "unusable_rows": 0,
                     "seconds_per_sample": 0.002,
                 },
             )
@@ -65,13 +72,17 @@ def results(tmp_path):
     return tmp_path
 
 
+def training(arm):
+    return {"command": f"train {arm}", "step": 350, "seed": 3, "commit": "abc"}
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
     """What the two trainings left about themselves."""
     for arm in ARMS:
         folder = tmp_path / "checkpoints" / arm / "latest"
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"command": f"train {arm}", "step": 350}))
+        (folder / "run.json").write_text(json.dumps(training(arm)))
     return tmp_path / "checkpoints"
 
 
@@ -99,14 +110,91 @@ def test_summary_files_name_their_origin(results, checkpoints):
     assert origin["seed"] == 3 and origin["step"] == 7 and origin["command"]
     for arm in ARMS:
         file = str(checkpoints / arm / "latest" / "run.json")
-        assert saved["files"][file] == {"command": f"train {arm}", "step": 350}
+        assert saved["files"][file] == training(arm)
     text = (results / "summary.md").read_text()
     assert "`train noise`" in text
-    row = next(line for line in text.splitlines() if line.startswith("| Chart_Refocus"))
-    assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "Chart_Refocus", "0.600", "90 %", "-10 %", "31.0", "26.0", "91.0", "99.0", "29.0"
-    ]  # fmt: skip
+    assert f"commit abc, {summary['commit']}." in text  # of the trainings and of this process
+    accuracies, gaps = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| Chart_Refocus")
+    )
+    low_high = "(20 .. 100)"
+    shares = ("31.0", "91.0", "26.0", "96.0", "29.0")  # in the order of the header
+    assert accuracies == ["Chart_Refocus", *(f"{share} {low_high}" for share in shares)]
+    assert gaps == [
+        "Chart_Refocus",
+        "0.600 (0.590 .. 0.610)",
+        "90 % (89 .. 91)",
+        "-10 % (-11 .. -9)",
+    ]
+    [header] = [line for line in text.splitlines() if "text-only" in line and line[0] == "|"]
+    assert [title in header for title in ACCURACY.values()] == [True] * 5
+    assert "unusable" not in text
     assert (results / "summary.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_unusable_rows_are_mentioned(results, checkpoints):
+    file = results / "accuracy" / "base_vt" / "scores.json"
+    rows = read_records(file)
+    rows[-1]["values"]["unusable_rows"] = 3
+    write_records(file, rows)
+    write_summary(results, checkpoints, seed=3)
+    assert "3 unusable rows were passed over" in (results / "summary.md").read_text()
+
+
+def test_files_of_another_seed_are_refused(results, checkpoints):
+    file = checkpoints / "noise" / "latest" / "run.json"
+    file.write_text(json.dumps(training("noise") | {"seed": 4}))
+    with pytest.raises(UsageError, match=r"noise/latest/run\.json is of seed 4, --seed says 3"):
+        write_summary(results, checkpoints, seed=3)
+
+
+@pytest.fixture
+def figure(results, checkpoints):
+    figure = quickstart_figure(write_summary(results, checkpoints, seed=3), ACCURACY)
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def drawn(axis):
+    """Heights of the bars by arm, and both ends of all whiskers."""
+    bars = [c for c in axis.containers if isinstance(c, BarContainer)]
+    heights = {bar.get_label(): [patch.get_height() for patch in bar] for bar in bars}
+    lines = [c.lines[2][0] for c in axis.containers if not isinstance(c, BarContainer)]
+    return heights, [segment[:, 1] for line in lines for segment in line.get_segments()]
+
+
+def test_bars_are_the_numbers(figure):
+    accuracy, gap = figure.axes
+    heights, whiskers = drawn(accuracy)
+    for name, title in ACCURACY.items():
+        expected = [100 * (SHARES[name] + 0.01 * place) for place in range(5)]
+        assert heights[title] == pytest.approx(expected)
+    assert np.array(whiskers) == pytest.approx(np.tile([20.0, 100.0], (25, 1)))
+    heights, whiskers = drawn(gap)
+    before, opsd, noise = heights.values()
+    assert np.array(whiskers[:3]) == pytest.approx(
+        np.array([[0.49, 0.51], [0.59, 0.61], [0.69, 0.71]])
+    )
+    assert before == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert opsd == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.09])
+    assert noise == pytest.approx([0.55, 0.66, 0.77, 0.88, 0.99])
+    assert "OPSD closed 90 %\nnoise closed -10 %" in gap.get_xticklabels()[1].get_text()
+    assert "500" in accuracy.get_title("left") and "10 test texts" in gap.get_title("left")
+
+
+def test_texts_of_the_figure_do_not_overlap(figure):
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    boxes = [text.get_window_extent() for text in texts]
+    clashes = [
+        (texts[i].get_text(), texts[j].get_text())
+        for i in range(len(boxes))
+        for j in range(i)
+        if boxes[i].overlaps(boxes[j])
+    ]
+    assert not clashes
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_missing_checkpoint_is_named(results, checkpoints):

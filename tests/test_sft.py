@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.contexts import sft_sequence
+from data.example import DataError
 from data.mixture import load_mixture
 from data.streams import stream_seed
 from data.transforms import ImageTransform
@@ -165,12 +166,16 @@ def test_a_mixture_may_set_the_image_limits(tmp_path, mixed):
     config = sft_config(tmp_path, dataset_config_file=mixed)
     own = base_processor()
     assert sft.open_processor(config, sft.open_mixture(config)).transform == own.transform
-    limits = "{max_image_size: 84, min_image_size: 28, image_stride: 14, max_pixels: 7056}"
+    limits = "{max_image_size: 42, min_image_size: 28, image_stride: 14, max_pixels: 1764}"
     mixed.write_text(mixed.read_text() + f"  vit_image_transform_args: {limits}\n")
     opened = sft.open_processor(config, sft.open_mixture(config))
-    assert opened.transform == ImageTransform(84, 28, 14, 7056) != own.transform
+    assert opened.transform == ImageTransform(42, 28, 14, 1764) != own.transform
     assert opened.prompts == own.prompts
     assert opened.tokenizer.encode("<think>") == own.tokenizer.encode("<think>")
+
+    mixed.write_text(mixed.read_text().replace("max_image_size: 42", "max_image_size: 84"))
+    with pytest.raises(DataError, match="vit_image_transform_args: max_image_size 84"):
+        sft.open_processor(config, sft.open_mixture(config))
 
 
 @pytest.mark.parametrize("backend", ["flex", "flash"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.miniworld.model import TRANSFORM, initialise
 from data.miniworld.tokenizer import save_tokenizer
 from data.miniworld.world import TASKS
-from data.miniworld.write import write_dataset
+from data.miniworld.write import write_shards
 from data.mixture import Drawn
 from data.processor import Processor
 from data.prompts import MINI
@@ -37,9 +37,10 @@ def workspace() -> Path:
     """A folder for this process, with `base/` (a checkpoint) and `datasets/`."""
     folder = Path(tempfile.mkdtemp(prefix="visual-opsd-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_checkpoint(folder / "base", seed=0)
+    write_checkpoint(folder / "base", seed=1)  # one whose rows do not come out empty
     for task in TASKS:
-        write_dataset(folder / "datasets", task, "train", ROWS, seed=0)
+        data = folder / "datasets" / task / "data"
+        write_shards(data, task, "train", ROWS, seed=0, shards=range(1))
     return folder
 
 

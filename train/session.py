@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from data.example import DataError
 from data.mixture import Drawn, Mixture, load_mixture, loader
-from data.processor import Processor
+from data.processor import Processor, check_image_limits
 from modeling.bagel import Bagel
 from modeling.config import ConfigError
 from modeling.pretrained import CheckpointError, WeightFiles, find_weights, load_pretrained
@@ -104,8 +104,12 @@ def open_processor(config: SftConfig, mixture: Mixture) -> Processor:
     """Tokenizer, prompts and image limits of the starting checkpoint; the mixture may set the
     limits.
     """
-    processor = Processor.from_pretrained(config.model.model_path)
-    return processor.with_transform(mixture.config.vit_image_transform_args)
+    folder, limits = config.model.model_path, mixture.config.vit_image_transform_args
+    processor = Processor.from_pretrained(folder)
+    if limits is not None:
+        where = f"{config.data.dataset_config_file}: vit_image_transform_args"
+        check_image_limits(limits, folder, where)
+    return processor.with_transform(limits)
 
 
 def open_mixture(config: SftConfig) -> Mixture:

@@ -10,7 +10,6 @@ from data.miniworld.world import TASKS, draw
 
 ZOOM = 3
 MARGIN = 14
-TEXT_WIDTH = 190
 _INK, _MUTED, _BACKGROUND = (28, 30, 40), (120, 122, 130), (255, 255, 255)
 
 

@@ -8,8 +8,6 @@ import random
 from hashlib import blake2b
 from typing import Literal
 
-import numpy as np
-
 from data.miniworld import chart, jigsaw, navigation, search
 from data.miniworld.record import MiniRecord
 
@@ -19,12 +17,10 @@ FAMILIES = {family.TASK: family for family in (search, navigation, jigsaw, chart
 TASKS = tuple(FAMILIES)
 
 
-def draw(task: str, rng: random.Random | np.random.Generator) -> MiniRecord:
+def draw(task: str, rng: random.Random) -> MiniRecord:
     """One item of `task`, any split. Raises ValueError for an unknown task."""
     if task not in FAMILIES:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-    if isinstance(rng, np.random.Generator):
-        rng = random.Random(int(rng.integers(2**63)))
     return FAMILIES[task].draw(rng)
 
 

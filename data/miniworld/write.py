@@ -10,7 +10,6 @@ any order.
 
 import io
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,34 +44,6 @@ SCHEMA = pa.schema(
 def shard_count(n: int, shard_rows: int = SHARD_ROWS) -> int:
     """Shards needed for n rows."""
     return -(-n // shard_rows)
-
-
-def write_dataset(
-    root: str | Path,
-    task: str,
-    split: Split,
-    n: int,
-    seed: int,
-    shard_rows: int = SHARD_ROWS,
-    overwrite: bool = False,
-) -> list[Path]:
-    """Write `n` records of one split under `<root>/<task>/data` and return the files.
-
-    Validation and test hold no item twice; training rows may repeat. Shards are written aside and
-    renamed when all are complete. Raises FileExistsError if the split is there already.
-    """
-    _check(task, split, n, shard_rows)
-    folder = Path(root) / task / "data"
-    present = sorted(folder.glob(f"{split}-*.parquet"))
-    if present and not overwrite:
-        raise FileExistsError(f"{present[0]} exists: choose another folder or pass overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as aside:
-        shards = range(shard_count(n, shard_rows))
-        written = write_shards(aside, task, split, n, seed, shards, shard_rows)
-        for path in present:
-            path.unlink()
-        return [path.replace(folder / path.name) for path in written]
 
 
 def write_shards(
