@@ -29,12 +29,15 @@ APART = 0.25  # further distance of the last group, "overall"
 Bar = tuple[float, float, float]  # value, lower and upper end of its interval
 
 
-def quickstart_figure(summary: Mapping[str, Any], arms: Mapping[str, str]) -> Figure:
+def quickstart_figure(
+    summary: Mapping[str, Any], arms: Mapping[str, str], title: str, whiskers: str
+) -> Figure:
     """Accuracy per task and arm above; below, the KL to the base with visual thoughts.
 
     Args:
-        summary: what `eval.report` writes as summary.json.
+        summary: what `eval.report` writes as summary.json, or `eval.seeds` as seeds.json.
         arms: arm -> title, in the order of the bars.
+        whiskers: what they show, from the `low` to the `high` of each number.
     """
     tasks = summary["tasks"]
     rows = [row for name, row in tasks.items() if name != OVERALL]
@@ -61,11 +64,9 @@ def quickstart_figure(summary: Mapping[str, Any], arms: Mapping[str, str]) -> Fi
     gap.set_ylim(0, 1.1 * max(high for values in k.values() for _, _, high in values))
     _name_groups(gap, [f"{_title(task)}\n{_closed(row)}" for task, row in tasks.items()])
 
-    figure.suptitle(
-        f"Visual-OPSD on the miniature, seed {summary['seed']}", x=0.01, ha="left", weight="bold"
-    )
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
     figure.supxlabel(
-        "Whiskers: 95 % intervals over items and texts, not over seeds. "
+        f"Whiskers: {whiskers}. "
         "Closed: share of K_gen that is gone after training; below zero it has grown.",
         fontsize=8, color=INK, x=0.01, ha="left",
     )  # fmt: skip

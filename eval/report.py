@@ -112,12 +112,12 @@ def markdown(summary: dict[str, Any]) -> str:
         "",
         f"Accuracy in %, with 95 % intervals: greedy decoding of {n} test items per task.",
         "",
-        *_table(["task", *ACCURACY.values()], {t: _accuracies(row) for t, row in tasks.items()}),
+        *table(["task", *ACCURACY.values()], {t: _accuracies(row) for t, row in tasks.items()}),
         "",
         f"K_gen, the KL between the base with and without VTs, in nats per token on {texts} data "
         "set texts per task, and the share of it that training closed, with 95 % intervals.",
         "",
-        *_table(
+        *table(
             ["task", "K_gen of the base", "gap closed, OPSD", "gap closed, noise control"],
             {task: _gaps(row["gap_dataset"]) for task, row in tasks.items()},
         ),
@@ -161,8 +161,13 @@ def _share(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _table(header: Sequence[str], rows: dict[str, Sequence[str]]) -> list[str]:
-    """Lines of a markdown table, padded so that it can be read in a terminal as well."""
+def table(header: Sequence[str], rows: dict[str, Sequence[str]]) -> list[str]:
+    """Lines of a markdown table, padded so that it can be read in a terminal as well.
+
+    Args:
+        header: one title per column, that of the row names first.
+        rows: row name -> the other cells.
+    """
     lines = [header, *([task, *cells] for task, cells in rows.items())]
     first, *others = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
@@ -186,7 +191,13 @@ def write_summary(folder: Path, checkpoints: Path, seed: int) -> dict[str, Any]:
     summary["effect"] = effect(summary["tasks"])
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_atomic(folder / "summary.md", markdown(summary))
-    quickstart_figure(summary, ACCURACY).savefig(folder / "summary.png", dpi=150)
+    figure = quickstart_figure(
+        summary,
+        ACCURACY,
+        title=f"Visual-OPSD on the miniature, seed {seed}",
+        whiskers="95 % intervals over items and texts, not over seeds",
+    )
+    figure.savefig(folder / "summary.png", dpi=150)
     return summary
 
 

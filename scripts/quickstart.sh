@@ -2,19 +2,25 @@
 # The whole pipeline on the embedded miniature, on a laptop: install, draw data, KL diagnostic, OPSD
 # and its noise control through the launchers, gap closing, accuracy, demo, one table. On the CPU,
 # with or without GPUs.
-#   bash scripts/quickstart.sh [--seed N] [--steps N]
-# Writes results/quickstart/summary.{json,md,png}; about ten minutes on two cores after the
-# installation.
+#   bash scripts/quickstart.sh [--seed N] [--steps N] [--base CHECKPOINT] [--name NAME]
+#   bash scripts/quickstart.sh --seeds N [--steps N]
+# Writes results/NAME/summary.{json,md,png}, NAME being quickstart; less than ten minutes on two
+# cores after the installation. --seeds runs seeds 0 to N - 1, each with a base of its own that is
+# made where it is missing, and writes results/seeds/seeds.{json,md,png} with mean and spread; a
+# seed that is finished is kept, so an interrupted run goes on where it was.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO_ROOT"
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-seed=0 steps=""
+usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+seed=0 steps="" seeds="" base=models/mini-base name=quickstart
 while (($#)); do
   case $1 in
     --seed) seed=${2:?--seed needs a number} && shift 2 ;;
     --steps) steps=${2:?--steps needs a number} && shift 2 ;;
+    --seeds) seeds=${2:?--seeds needs a number} && shift 2 ;;
+    --base) base=${2:?--base needs a checkpoint folder} && shift 2 ;;
+    --name) name=${2:?--name needs a name} && shift 2 ;;
     -h | --help) usage && exit 0 ;;
     *) usage >&2 && die "unrecognized argument: $1" ;;
   esac
@@ -23,7 +29,28 @@ done
 [[ $seed =~ ^[0-9]+$ ]] || die "--seed $seed: give a whole number, 0 or more"
 [[ -z $steps || $steps =~ ^[1-9][0-9]*$ ]] || die "--steps $steps: give a whole number, 1 or more"
 
-base=models/mini-base out=results/quickstart trained=checkpoints/quickstart
+[[ -z $seeds || $seeds =~ ^[2-9]$ ]] || die "--seeds $seeds: give a whole number from 2 to 9"
+
+if [[ -n $seeds ]]; then
+  ensure_environment requirements.txt
+  results=()
+  for ((seed = 0; seed < seeds; seed++)); do
+    base=models/mini-base name=seeds/seed$seed
+    if ((seed)); then base+=-seed$seed; fi
+    results+=("results/$name")
+    if [[ -f results/$name/summary.json ]]; then
+      say "keeping results/$name; remove it to run the seed again"
+      continue
+    fi
+    [[ -f $base/model.safetensors ]] || bash scripts/make_mini_base.sh --seed "$seed" "$base"
+    options=(--seed "$seed" --base "$base" --name "$name")
+    if [[ -n $steps ]]; then options+=(--steps "$steps"); fi
+    bash scripts/quickstart.sh "${options[@]}"
+  done
+  exec python -m eval.seeds "${results[@]}"
+fi
+
+out=results/$name trained=checkpoints/$name
 [[ -f $base/model.safetensors ]] ||
   die "$base/model.safetensors is missing. It comes with the repository; to make it again:" \
     "bash scripts/make_mini_base.sh"
@@ -60,13 +87,12 @@ if [[ -n $steps ]]; then training+=(--total_steps "$steps"); fi
 # the preset's warm-up does not fit into a run this short
 if ((${steps:-20} < 20)); then training+=(--warmup_steps $((steps / 2))); fi
 for arm in opsd noise; do
-  name=quickstart/$arm
   if [[ $arm == opsd ]]; then
     step "3/8 OPSD: the student learns from itself with visual thoughts in context"
-    OUTPUT_NAME=$name launch run_visual_opsd.sh "${training[@]}"
+    OUTPUT_NAME=$name/$arm launch run_visual_opsd.sh "${training[@]}"
   else
     step "4/8 control: the same with Gaussian noise for visual thoughts"
-    OUTPUT_NAME=$name launch run_visual_opsd_noise.sh "${training[@]}"
+    OUTPUT_NAME=$name/$arm launch run_visual_opsd_noise.sh "${training[@]}"
   fi
 done
 

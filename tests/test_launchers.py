@@ -448,6 +448,37 @@ def test_quickstart_stays_on_the_cpu_and_passes_its_seed_on(checkout: Path) -> N
     assert parse_demo(demo).device == "cpu"
 
 
+def test_quickstart_over_seeds_makes_missing_bases_and_keeps_finished_seeds(checkout: Path) -> None:
+    finished = checkout / "results" / "seeds" / "seed1" / "summary.json"
+    finished.parent.mkdir(parents=True)
+    finished.touch()
+    made = checkout / "models" / "mini-base-seed2" / "model.safetensors"
+    made.parent.mkdir()
+    made.touch()
+    result = dry_run(checkout, "quickstart.sh", "--seeds", "3", "--steps", "40")
+    assert result.returncode == 0, result.stderr
+    assert "keeping results/seeds/seed1" in result.stderr
+    arms = [parse_opsd(flags) for flags in commands(checkout, "train.opsd")]
+    assert [(arm.run.global_seed, arm.model.model_path) for arm in arms] == [
+        *[(0, "models/mini-base")] * 2,
+        *[(2, "models/mini-base-seed2")] * 2,
+    ]
+    assert arms[0].run.checkpoint_dir == "checkpoints/seeds/seed0/opsd"
+    assert {arm.optim.total_steps for arm in arms} == {40}
+    [merged] = commands(checkout, "eval.seeds")
+    assert merged == [f"results/seeds/seed{seed}" for seed in range(3)]
+
+
+def test_quickstart_over_seeds_makes_a_base_of_each_seed(checkout: Path) -> None:
+    (checkout / "checkpoints" / "mini-base-seed1" / "0001000").mkdir(parents=True)
+    result = dry_run(checkout, "quickstart.sh", "--seeds", "2")
+    # the stub writes no weights, so the second seed ends where they are looked for
+    assert result.returncode == 1
+    assert "models/mini-base-seed1/model.safetensors is missing" in result.stderr
+    [base] = [parse_sft(flags) for flags in commands(checkout, "train.sft")]
+    assert base.run.global_seed == base.data.data_seed == 1
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 4), (19, 9), (20, 10), (1000, 10)])
 def test_quickstart_of_any_length_has_a_warmup_that_fits(
     checkout: Path, steps: int, warmup: int
@@ -458,7 +489,9 @@ def test_quickstart_of_any_length_has_a_warmup_that_fits(
     assert [(arm.total_steps, arm.warmup_steps) for arm in arms] == [(steps, warmup)] * 2
 
 
-@pytest.mark.parametrize("bad", [("--steps", "0"), ("--steps", "many"), ("--seed", "-1")])
+@pytest.mark.parametrize(
+    "bad", [("--steps", "0"), ("--steps", "many"), ("--seed", "-1"), ("--seeds", "1")]
+)
 def test_quickstart_refuses_what_is_no_number(checkout: Path, bad: tuple[str, str]) -> None:
     result = dry_run(checkout, "quickstart.sh", *bad)
     assert result.returncode == 1

@@ -152,7 +152,7 @@ def test_files_of_another_seed_are_refused(results, checkpoints):
 
 @pytest.fixture
 def figure(results, checkpoints):
-    figure = quickstart_figure(write_summary(results, checkpoints, seed=3), ACCURACY)
+    figure = quickstart_figure(write_summary(results, checkpoints, 3), ACCURACY, "title", "95 %")
     FigureCanvasAgg(figure).draw()
     return figure
 
