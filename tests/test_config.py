@@ -22,7 +22,6 @@ from train.config import (
     parse_sft,
     save_config,
 )
-from train.config import main as check_flags
 from train.optim import OptimConfig
 
 ROOT = Path(__file__).parents[1]
@@ -229,29 +228,6 @@ def test_only_rank_zero_helps(capsys, monkeypatch):
         assert exit_.value.code == 0
         out, err = capsys.readouterr()
         assert (("--total_steps" in out), err) == (shown, "")
-
-
-@pytest.mark.parametrize(
-    ("argv", "code", "said"),
-    [
-        (["opsd", "--teacher_mode", "self"], 0, ""),
-        (["sft", "--teacher_mode", "self"], 2, "unrecognized arguments: --teacher_mode self"),
-        (["rl"], 2, "invalid choice: 'rl'"),
-        ([], 2, "required: trainer"),
-    ],
-)
-def test_the_check_of_flags_alone(capsys, monkeypatch, argv, code, said):
-    monkeypatch.setattr("sys.argv", ["config.py", *argv])
-    try:
-        check_flags()
-        status = 0
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert said in err
-    assert bool(err) == bool(code)
 
 
 def test_every_field_has_a_reader():

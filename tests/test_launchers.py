@@ -13,6 +13,7 @@ import pytest
 from eval.kl_diagnostic import parse as parse_diagnostic
 from eval.run import parse as parse_accuracy
 from examples.inference_demo import parse as parse_demo
+from tests.training import opsd_argv, sft_argv
 from train.config import parse_opsd, parse_sft
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,9 +305,18 @@ def test_help_comes_from_the_trainer_alone(real_python: dict[str, str]) -> None:
     assert "torchrun" not in result.stdout
 
 
-def test_good_flags_reach_torchrun(real_python: dict[str, str]) -> None:
-    result = launched("run_visual_opsd", "--lr", "1e-4", **real_python)
+def test_what_can_run_reaches_torchrun(tmp_path: Path, real_python: dict[str, str]) -> None:
+    result = launched("run_visual_opsd", *opsd_argv(tmp_path), **real_python)
     assert (result.returncode, result.stdout) == (0, "torchrun was started\n"), result.stderr
+
+
+def test_a_missing_checkpoint_ends_in_one_line(tmp_path: Path, real_python: dict[str, str]) -> None:
+    result = launched("run_sft_baseline", "models/nowhere", *sft_argv(tmp_path)[2:], **real_python)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: models/nowhere is not a folder: give the folder of a checkpoint\n"
+    )
+    assert result.stdout == ""
 
 
 def test_missing_torchrun_names_the_remedy(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ win.
     python -m train.config opsd|sft [--flag value ...]     # only checks the flags
 """
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -291,18 +290,3 @@ def save_config(config: SftConfig, path: str | Path) -> None:
     """Write the resolved configuration next to the results."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-
-
-def main() -> None:
-    """Check the flags of a trainer in one process: exits with 0, or with 2 and one line."""
-    parsers = {"opsd": parse_opsd, "sft": parse_sft}
-    parser = argparse.ArgumentParser(
-        prog="python -m train.config", usage="%(prog)s {opsd,sft} [--flag value ...]"
-    )
-    parser.add_argument("trainer", choices=parsers, help="whose flags the rest are")
-    words = sys.argv[1:]
-    parsers[parser.parse_args(words[:1]).trainer](words[1:])
-
-
-if __name__ == "__main__":
-    main()

@@ -86,13 +86,13 @@ run() {
   exec "$@"
 }
 
-# check_flags MODULE ARGUMENTS...: lets the trainer's parser speak in a process of its own, because
-# torchrun would bury a message under its traceback. Ends here after a bad flag and after --help.
-check_flags() {
+# check MODULE ARGUMENTS...: looks at flags, checkpoint and data in a process of its own, because
+# torchrun would bury a message under its traceback. Ends here after a mistake and after --help.
+check() {
   local flag
   installed torchrun
   # some clusters set RANK to that of the node, and only rank 0 speaks
-  env -u RANK python -m train.config "${1#train.}" "${@:2}" || exit
+  env -u RANK python -m train.check "${1#train.}" "${@:2}" || exit
   for flag in "${@:2}"; do
     if [[ $flag == -h || $flag == --help ]]; then exit 0; fi
   done
@@ -102,7 +102,7 @@ check_flags() {
 launch() {
   local processes cores arguments IFS=$'\n'
   set -- "$@" ${GIVEN[@]+"${GIVEN[@]}"} ${FLAGS[@]+"${FLAGS[@]}"}
-  if [[ ${DRY_RUN:-0} != 1 ]]; then check_flags "$@"; fi
+  if [[ ${DRY_RUN:-0} != 1 ]]; then check "$@"; fi
   processes=$(processes_per_node)
   # share the cores out; torchrun would warn and give each process one
   cores=$(getconf _NPROCESSORS_ONLN)

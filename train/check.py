@@ -1,0 +1,31 @@
+"""What a launch can get wrong, found in one process before torchrun starts several.
+
+    python -m train.check opsd --model_path models/ThinkMorph-7B ...
+
+Flags, preset, checkpoint folder, mixture file and the data it names. Ends with status 0, or with 2
+and one line; torchrun would bury that line under its own traceback. No weights are read.
+"""
+
+import argparse
+import sys
+
+from train.config import parse_opsd, parse_sft
+from train.session import base_weights, exit_on_user_error, open_mixture, open_processor
+
+PARSERS = {"opsd": parse_opsd, "sft": parse_sft}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.check", usage="%(prog)s {opsd,sft} [--flag value ...]"
+    )
+    parser.add_argument("trainer", choices=PARSERS, help="whose flags the rest are")
+    words = sys.argv[1:]
+    config = PARSERS[parser.parse_args(words[:1]).trainer](words[1:])
+    with exit_on_user_error():
+        base_weights(config)
+        open_processor(config, open_mixture(config))
+
+
+if __name__ == "__main__":
+    main()
