@@ -6,6 +6,10 @@ resumed run all see the same sequence. In one epoch of a source every row comes 
 
 import dataclasses
 import math
+import os
+import signal
+import sys
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -235,7 +239,26 @@ def loader(
         num_workers=num_workers,
         collate_fn=_identity,
         multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave it to the process that trains to end its workers.
+
+    A cluster may signal all processes of a job, and the step that is being finished needs its rows.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere the sender of a signal is not known
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    """End this process when `parent` asks for it with SIGTERM, and nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _identity(item: Any) -> Any:

@@ -16,6 +16,7 @@ from train import check
         (["opsd", "--weights", "ema"], 2, "has no ema.safetensors"),
         (["sft", "--dataset_config_file", "nowhere.yaml"], 2, "nowhere.yaml: no such mixture"),
         (["opsd", "--data_root", "nowhere"], 2, "nowhere"),
+        (["opsd", "--resume", "latest"], 2, "--resume latest: nothing to resume from"),
         (["rl"], 2, "invalid choice: 'rl'"),
         ([], 2, "required: trainer"),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from data.processor import Processor
 from modeling.pretrained import find_weights, is_generation_key, load_pretrained
 from tests.training import WORLD, base_processor, opsd_config, run_opsd, weights_of, workspace
 from train import checkpoint
-from train.checkpoint import CheckpointWriter, claim_folders
+from train.checkpoint import CheckpointWriter
 from train.config import UsageError
+from train.folders import claim_folders
 from train.parallel import wrap
 from train.records import config_hash
 
@@ -195,7 +197,7 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
         claim_folders(opsd_config(tmp_path), WORLD)
 
 
-@pytest.mark.parametrize("broken", ["save_pretrained", "write_atomic", "_fsync"])
+@pytest.mark.parametrize("broken", ["save_pretrained", "write_atomic", "fsync"])
 def test_a_failure_while_writing_publishes_nothing(writer, tmp_path, monkeypatch, broken):
     written, student = writer
     kept = written.save(3, student)
@@ -217,3 +219,53 @@ def test_a_failure_while_writing_publishes_nothing(writer, tmp_path, monkeypatch
     assert written.save(4, student) == folder / "0000004"
     assert os.readlink(folder / "latest") == "0000004"
     load_pretrained(folder / "latest")
+
+
+def saved(folder, steps, best=None, **flags):
+    """Folders left of a run that saved at `steps`, `best` being marked when it was the newest."""
+    config = opsd_config(folder, total_steps=9, **flags)
+    model = load_pretrained(workspace() / "base")
+    base = find_weights(workspace() / "base")
+    writer = CheckpointWriter(config, model.config, base_processor(), base, WORLD)
+    for step in steps:
+        writer.save(step, model)
+        if step == best:
+            writer.mark_best(step)
+    return names(folder / "checkpoints"), writer
+
+
+def test_the_last_n_stay_and_the_best_besides(tmp_path):
+    assert saved(tmp_path / "all", (1, 2, 3))[0] == ["0000001", "0000002", "0000003", "latest"]
+    left, _ = saved(tmp_path / "two", (1, 2, 3, 4), keep_last=2)
+    assert left == ["0000003", "0000004", "latest"]
+    left, writer = saved(tmp_path / "best", (1, 2, 3, 4), best=2, keep_last=1)
+    assert left == ["0000002", "0000004", "best", "latest"]
+    folder = tmp_path / "best" / "checkpoints"
+    assert os.readlink(folder / "best") == "0000002"
+    writer.mark_best(4)
+    writer.save(5, load_pretrained(folder / "best"))
+    assert names(folder) == ["0000004", "0000005", "best", "latest"]
+    with pytest.raises(ValueError, match="no checkpoint 0000003 .* save it first"):
+        writer.mark_best(3)
+    assert os.readlink(folder / "best") == "0000004"
+
+
+def test_what_is_not_ours_or_still_needed_is_not_removed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "0000002").mkdir(parents=True)  # foreign: no run.json
+    start = folder / "0000001"
+    shutil.copytree(workspace() / "base", start)
+    (start / "run.json").write_text('{"step": 1}')
+    left, _ = saved(tmp_path, (3, 4, 5), keep_last=1, model_path=start)
+    assert left == ["0000001", "0000002", "0000005", "latest"]
+
+
+def test_left_overs_are_announced_and_a_replaced_folder_outlives_a_crash(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    for name in (".0000004.partial", ".0000003.removed", ".0000002.replaced"):
+        (folder / name).mkdir(parents=True)
+    claim_folders(opsd_config(tmp_path), WORLD)
+    assert names(folder) == [".0000002.replaced"]  # the only one of its step
+    out = capsys.readouterr().out
+    for name in (".0000003.removed", ".0000004.partial"):
+        assert f"ignored {folder / name}: half-written" in out

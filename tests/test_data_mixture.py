@@ -1,9 +1,16 @@
 """Mixtures: order as a pure function of (seed, index), weights, epochs, skips, loading."""
 
+import multiprocessing
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from data.example import DataError, ExampleError
 from data.mixture import Mixture, MixtureConfig, load_mixture, loader
@@ -179,6 +186,74 @@ def test_order_does_not_depend_on_world_size(root):
         ]
     with pytest.raises(ValueError, match="global_batch=4 must be a positive multiple of world=3"):
         loader(mixture(root), 4, rank=0, world=3)
+
+
+def write_shards(root, name, sizes):
+    """One file per size, 0 included, with row groups of two rows."""
+    folder = root / name / "data"
+    for number, size in enumerate(sizes):
+        first = sum(sizes[:number])
+        rows = [record(first + i) for i in range(size)] or [record(0)]
+        write_source(root, name, rows, row_group_size=2)
+        written = folder / "train-00000-of-00001.parquet"
+        if size == 0:
+            pq.write_table(pq.read_table(written).slice(0, 0), written)
+        written.rename(folder / f"train-{number:05d}.parquet")
+
+
+SHARDS = st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sources=st.lists(SHARDS, min_size=1, max_size=2),
+    world=st.sampled_from([1, 2, 4]),
+    share=st.integers(1, 3),
+    workers=st.sampled_from([0, 0, 1, 3]),
+    start=st.integers(0, 3),
+)
+@example(sources=[[0, 1, 0]], world=2, share=1, workers=3, start=0)  # fewer rows than workers
+def test_no_row_is_lost_or_doubled_whatever_reads_it(sources, world, share, workers, start):
+    """Shards of any size, over ranks and workers, from a step on: each row once per epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = set()
+        for number, sizes in enumerate(sources):
+            write_shards(Path(folder), f"S{number}", sizes)
+            rows |= {f"S{number}/p{i}" for i in range(sum(sizes))}
+        batch = world * share
+        steps = -(-2 * len(rows) // batch) + 2
+        names = tuple(f"S{number}" for number in range(len(sources)))
+        ranks = [
+            list(
+                loader(
+                    mixture(Path(folder), dataset_names=names),
+                    *(batch, start, steps, rank, world, workers),
+                )
+            )
+            for rank in range(world)
+        ]
+    assert {len(items) for items in ranks} == {steps}  # no rank waits for another
+    drawn = [draw for step in range(steps) for items in ranks for _, draw in items[step]]
+    assert [draw.index for draw in drawn] == list(range(batch * start, batch * (start + steps)))
+    skip = -batch * start % len(rows)  # to where an epoch begins
+    epoch = [draw.example.key for draw in drawn[skip : skip + len(rows)]]
+    assert Counter(epoch) == Counter(rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sender of a signal is not known")
+def test_workers_obey_the_process_that_started_them_and_nobody_else(root):
+    batches = iter(loader(mixture(root), 4, steps=9, num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for name in ("TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len(list(batches)) == 8
+    batches = iter(loader(mixture(root), 4, steps=9, num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=20)
+    assert not worker.is_alive()
 
 
 def test_spawned_workers_read_the_same(root):

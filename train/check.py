@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from train.config import parse_opsd, parse_sft
+from train.folders import find_resumable
 from train.session import base_weights, exit_on_user_error, open_mixture, open_processor
 
 PARSERS = {"opsd": parse_opsd, "sft": parse_sft}
@@ -23,6 +24,7 @@ def main() -> None:
     words = sys.argv[1:]
     config = PARSERS[parser.parse_args(words[:1]).trainer](words[1:])
     with exit_on_user_error():
+        find_resumable(config)
         base_weights(config)
         open_processor(config, open_mixture(config))
 

@@ -1,72 +1,30 @@
-"""Checkpoints: self-contained folders in the released layout, published atomically; the folder
-that takes them.
+"""Checkpoints: self-contained folders in the released layout, published atomically.
 
 A folder named N holds the weights after N optimizer updates. It opens as the student; its EMA
-teacher, if the run has one, is `ema.safetensors`. `latest` links to the newest folder.
+teacher, if the run has one, is `ema.safetensors`. `latest` links to the newest folder, `best` to
+one that must not be removed. `state/` is what a run needs to go on from there (train/state.py).
 """
 
 import dataclasses
 import json
 import os
-import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import AdamW
 
 from data.processor import Processor
 from modeling.config import BagelConfig
 from modeling.pretrained import WeightFiles, save_pretrained
 from train.config import DTYPES, SftConfig, UsageError
+from train.folders import NUMBERED, Start, find_resumable, fsync, point
+from train.metrics import MetricLogger
 from train.parallel import World, full_state
 from train.records import config_hash, run_info, write_atomic
-
-
-def claim_folders(config: SftConfig, world: World) -> None:
-    """Make the output folders ready for a run, or refuse before anything is written. Collective.
-
-    Checkpoints of an earlier run are removed if --overwrite says so, else they are a reason to
-    refuse; half-written ones of a killed run are always removed.
-
-    Raises:
-        UsageError: an output folder is a file or read-only, or has checkpoints that must stay.
-    """
-    run, root = config.run, Path(config.run.checkpoint_dir)
-    for flag, folder in (("results_dir", run.results_dir), ("checkpoint_dir", run.checkpoint_dir)):
-        _check_writable(flag, Path(folder))
-    entries = sorted(root.iterdir()) if root.is_dir() else []
-    earlier = [e for e in entries if re.fullmatch(r"\d{7,}", e.name) and e.is_dir()]
-    if earlier and not run.overwrite:
-        raise UsageError(
-            f"--checkpoint_dir {root} holds {len(earlier)} checkpoint(s) of an earlier run "
-            f"({earlier[-1].name}): choose another folder (OUTPUT_NAME of the launchers), or "
-            "remove them with --overwrite True"
-        )
-    start = Path(config.model.model_path).resolve()
-    if any(entry.resolve() in (start, *start.parents) for entry in earlier):
-        raise UsageError(
-            f"--overwrite True would remove the weights to start from, --model_path "
-            f"{config.model.model_path}: choose another --checkpoint_dir than {root}"
-        )
-    world.barrier()  # every rank has looked before one of them removes what it looked for
-    if not world.is_main:
-        return
-    if earlier:
-        print(f"removing {len(earlier)} checkpoint(s) of an earlier run in {root}", flush=True)
-    stale = [entry for entry in entries if re.fullmatch(r"\.\d{7,}\.partial", entry.name)]
-    if (root / "latest").is_symlink() and earlier:
-        (root / "latest").unlink()
-    for entry in (*earlier, *stale):
-        entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
-
-
-def _check_writable(flag: str, folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir():
-        raise UsageError(f"--{flag} {folder}: {there} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"--{flag} {folder}: no permission to write in {there}; name another one")
+from train.state import STATE, load_state, save_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +36,43 @@ class CheckpointWriter:
     processor: Processor
     base: WeightFiles  # generation weights are carried over from here, untouched
     world: World
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see train/state.py
 
-    def save(self, step: int, student: nn.Module, ema: nn.Module | None = None) -> Path:
-        """Write the folder of `step` aside, flush it, then give it its name. Collective."""
+    def resume(self, student: nn.Module, ema: nn.Module | None, optimizer: AdamW) -> Start:
+        """Put the state that --resume asks for in place; a fresh start without it. Collective."""
+        start, _ = find_resumable(self.config)
+        if self.world.sum(start.step) != start.step * self.world.size:
+            raise UsageError(
+                f"the processes find different checkpoints in {self.config.run.checkpoint_dir} "
+                f"(here {start.folder}): put it on storage that all of them share"
+            )
+        if start.folder is None:
+            return start
+        modules = _modules(student, ema)
+        state, identity = start.folder / STATE, dict(self.identity)
+        pending = load_state(state, identity, modules, optimizer, self.world)
+        if self.world.is_main:
+            total = self.config.optim.total_steps
+            print(f"resumed {start.folder} after {start.step} of {total} updates", flush=True)
+        return dataclasses.replace(start, pending=pending)
+
+    def due(self, step: int) -> bool:
+        """Whether a folder is to be written after `step` updates."""
+        return step % self.config.run.save_every == 0 or step == self.config.optim.total_steps
+
+    def save(
+        self,
+        step: int,
+        student: nn.Module,
+        ema: nn.Module | None = None,
+        optimizer: AdamW | None = None,
+        metrics: MetricLogger | None = None,
+    ) -> Path:
+        """Write the folder of `step` aside, flush it, then give it its name. Collective.
+
+        With `optimizer` it can be resumed, unless --save_state False; `metrics` then are the ones
+        whose means go on. Of the folders before it, --keep_last stay.
+        """
         root = Path(self.config.run.checkpoint_dir)
         final, aside = root / f"{step:07d}", root / f".{step:07d}.partial"
         if self.world.is_main:
@@ -93,11 +85,49 @@ class CheckpointWriter:
                 # The main rank writes for long. The others wait for it here: the sharding groups,
                 # where they would meet next, have torch's short timeout.
                 self.world.barrier()
+        if optimizer is not None and self.config.run.save_state:
+            pending = metrics.pending() if metrics else {}
+            modules, identity = _modules(student, ema), dict(self.identity)
+            save_state(aside / STATE, step, identity, modules, optimizer, pending, self.world)
         if self.world.is_main:
             write_atomic(aside / "run.json", json.dumps(self._origin(step), indent=2) + "\n")
             _publish(aside, final)
+            self._keep_last(root)
         self.world.barrier()
         return final
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` at the folder of `step`, which --keep_last then spares. Collective.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
+        root = Path(self.config.run.checkpoint_dir)
+        if not (root / f"{step:07d}").is_dir():
+            raise ValueError(
+                f"no checkpoint {step:07d} in {root} to mark as the best: save it first"
+            )
+        if self.world.is_main:
+            point(root / "best", f"{step:07d}")
+        self.world.barrier()
+
+    def _keep_last(self, root: Path) -> None:
+        """Remove all but the newest checkpoints of this folder, the best, and where we started."""
+        keep = self.config.run.keep_last
+        if not keep:
+            return
+        start = Path(self.config.model.model_path).resolve()
+        spared = {(root / name).resolve() for name in ("latest", "best")} | {start, *start.parents}
+        ours = [
+            entry
+            for entry in root.iterdir()
+            if NUMBERED.fullmatch(entry.name) and (entry / "run.json").is_file()
+        ]
+        for entry in sorted(ours, key=lambda entry: int(entry.name))[:-keep]:
+            if entry.resolve() not in spared and not entry.is_symlink():
+                hidden = root / f".{entry.name}.removed"
+                os.rename(entry, hidden)  # nobody opens half of it
+                shutil.rmtree(hidden)
 
     def _weights(self, folder: Path, name: str, module: nn.Module) -> None:
         state = full_state(module, self.world)
@@ -122,11 +152,16 @@ class CheckpointWriter:
         }
 
 
+def updates_in(folder: Path) -> int:
+    """How many updates the weights of a checkpoint folder have had."""
+    return json.loads((folder / "run.json").read_text())["step"]
+
+
 def _publish(aside: Path, final: Path) -> None:
     """Make `aside` visible as `final` and point `latest` at it; readers never see half a folder."""
-    for file in aside.iterdir():
-        _fsync(file)
-    _fsync(aside)
+    for file in aside.rglob("*"):
+        fsync(file)
+    fsync(aside)
     if final.exists():  # the same step of an earlier run in this folder
         old = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
@@ -135,16 +170,8 @@ def _publish(aside: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(aside, final)
-    link = final.with_name(".latest")
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, final.with_name("latest"))
-    _fsync(final.parent)
+    point(final.with_name("latest"), final.name)
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _modules(student: nn.Module, ema: nn.Module | None) -> dict[str, nn.Module]:
+    return {"student": student} if ema is None else {"student": student, "ema": ema}

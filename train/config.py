@@ -72,11 +72,14 @@ class RunArguments:
     results_dir: str = _help("metrics and resolved config", "results/run")
     checkpoint_dir: str = _help("checkpoints are written here", "checkpoints/run")
     overwrite: bool = _help("remove the checkpoints of an earlier run from there", False)
+    resume: str | None = _help("go on from a checkpoint: latest, auto or its folder", None)
     global_seed: int = _help("sampling and noise", 4396)
     global_batch: int = _help("trajectories per optimizer step, over all ranks", 16)
     micro_batch: int = _help("trajectories per forward", 1)
     num_shard: int = _help("ranks that share one copy of the weights; 0 = those of a node", 0)
     save_every: int = _help("steps between checkpoints; the last step is always saved", 500)
+    save_state: bool = _help("with what --resume needs, 16 bytes per parameter", True)
+    keep_last: int = _help("checkpoints that stay, besides the best; 0 = all", 0)
     save_dtype: Literal["bfloat16", "float32"] = _help("of exported weights", "bfloat16")
     log_every: int = _help("steps between metric lines", 10)
     progress: bool = _help("show a progress bar", True)
@@ -87,6 +90,8 @@ class RunArguments:
         for name in ("global_batch", "micro_batch", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_last < 0:
+            raise UsageError(f"--keep_last must be 0 (all) or more, got {self.keep_last}")
         if self.num_shard < 0:
             raise UsageError(f"--num_shard must be 0 (automatic) or more, got {self.num_shard}")
 

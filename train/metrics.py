@@ -7,7 +7,7 @@ Across ranks the sums and counts are added, not the means, so unequal ranks weig
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,6 +81,11 @@ class MetricLogger:
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + count
 
+    def observe_global(self, **values: float) -> None:
+        """Add values that all ranks have alike: they count once, whatever the number of ranks."""
+        if self.rank == 0:
+            self.observe(**values)
+
     def reports(self, step: int) -> bool:
         """Whether `log` reports after `step` completed updates."""
         return step % self.log_every == 0 or step == self.total_steps
@@ -116,6 +121,16 @@ class MetricLogger:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def pending(self) -> Pairs:
+        """This rank's sums and counts since the last report, as numbers; they stay."""
+        self.restore(pairs := self._local_pairs())
+        return pairs
+
+    def restore(self, pairs: Pairs) -> None:
+        """Go on from what `pending` gave."""
+        self._sums = {name: total for name, (total, _) in pairs.items()}
+        self._counts = {name: count for name, (_, count) in pairs.items()}
 
     def _local_pairs(self) -> Pairs:
         """This rank's sums and counts as numbers, read back in one transfer per device; resets."""
@@ -158,15 +173,19 @@ def gather_from_ranks(pairs: Pairs) -> list[Pairs]:
     return everyone
 
 
-def _means(ranks: list[Pairs]) -> dict[str, float]:
-    """Sum of sums over sum of counts; names without a single value are left out."""
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+def add_pairs(ranks: Iterable[Pairs]) -> Pairs:
+    """Sums and counts of several ranks together."""
+    added: Pairs = {}
     for pairs in ranks:
         for name, (total, count) in pairs.items():
-            sums[name] = sums.get(name, 0.0) + total
-            counts[name] = counts.get(name, 0) + count
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+            sums, counts = added.get(name, (0.0, 0))
+            added[name] = (sums + total, counts + count)
+    return added
+
+
+def _means(ranks: list[Pairs]) -> dict[str, float]:
+    """Sum of sums over sum of counts; names without a single value are left out."""
+    return {name: total / count for name, (total, count) in add_pairs(ranks).items() if count}
 
 
 def _open_from(path: Path, start_step: int):

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from modeling.sequence import PackedBatch, pack
 from modeling.tokenizer import SpecialTokens
 from train import losses
-from train.checkpoint import CheckpointWriter
 from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd
+from train.interrupts import stop_signal
 from train.metrics import MetricLogger
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
 from train.parallel import RolloutCopy, World, wrap
 from train.rollout import Trajectory, placeholder, prepare, sample
 from train.session import (
-    base_weights,
     observe_draws,
     open_loader,
     open_metrics,
@@ -32,6 +31,7 @@ from train.session import (
     open_model,
     open_optimizer,
     open_processor,
+    open_writer,
     run,
 )
 from train.teacher import EMATeacher, Teacher, build_teacher, squared_distance
@@ -53,11 +53,13 @@ def train(config: OpsdConfig, world: World) -> Path:
     )
     actor = RolloutCopy(model.config, world)
     optimizer = open_optimizer(student, config)
-    writer = CheckpointWriter(config, model.config, processor, base_weights(config), world)
     ema = teacher.module if isinstance(teacher, EMATeacher) else None
+    writer = open_writer(config, model.config, processor, mixture, world)
+    start = writer.resume(student, ema, optimizer)
+    last = start.folder
 
-    with open_metrics(config, world) as metrics:
-        for step, rows in enumerate(open_loader(config, mixture, world)):
+    with open_metrics(config, world, start) as metrics, stop_signal(world) as stop:
+        for step, rows in enumerate(open_loader(config, mixture, world, start.step), start.step):
             actor.refresh(student)
             prompts = prepare(rows, processor, config.sampling, step, seed, distill.noise_vt)
             trajectories = sample(
@@ -93,14 +95,17 @@ def train(config: OpsdConfig, world: World) -> Path:
 
             observe_draws(metrics, rows)
             observe_rollouts(metrics, len(rows), len(prompts), trajectories)
-            metrics.observe(loss=total, grad_norm=float(norm))
+            metrics.observe_global(loss=total, grad_norm=float(norm))
             done = step + 1
             now = {"lr": lr}
             if metrics.reports(done):  # reads all parameters
                 now["teacher_drift"] = drift(teacher, student, world)
             metrics.log(done, **now)
-            if done % config.run.save_every == 0 or done == config.optim.total_steps:
-                last = writer.save(done, student, ema)
+            stopping = stop.agreed()
+            if writer.due(done) or stopping:
+                last = writer.save(done, student, ema, optimizer, metrics)
+            if stopping:
+                break
     return last
 
 
@@ -220,8 +225,8 @@ def observe_rollouts(
 ) -> None:
     """Rates of what happened to this rank's rows; `prompts` of them fitted under the cap."""
     metrics.observe(
-        over_cap=(rows - prompts) / rows,
-        empty_completions=(prompts - len(trajectories)) / rows,
+        over_cap=torch.arange(rows) < rows - prompts,
+        empty_completions=torch.arange(rows) < prompts - len(trajectories),
     )
     for trajectory in trajectories:
         metrics.observe(

@@ -5,6 +5,7 @@ shard: DDP (FSDP would silently not reduce there). Otherwise FSDP over a (replic
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ from train.teacher import WRAPPER_NAMES
 # Of collectives over all ranks: sampling, or writing a checkpoint, may keep a rank away from them
 # for long, and torch's own limit (10 minutes on GPUs) would end the run.
 TIMEOUT = timedelta(hours=2)
+HEAD_START = 10  # seconds in which a rank that failed is noticed before those that miss it
+
+
+class LostRankError(RuntimeError):
+    """Another process of this run has ended."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,25 @@ def distributed(model: ModelArguments, num_shard: int, global_batch: int) -> Ite
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield World(rank, size, shard, device, DTYPES[dtype])
-        if size > 1:  # gloo may abort a rank whose peers have left already
-            dist.barrier()
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _lost_contact(error):
+            raise
+        time.sleep(HEAD_START)  # torchrun ends us meanwhile, and takes the one that failed for it
+        text = " ".join(str(error).split())
+        raise LostRankError(
+            f"another process has ended, its own message tells why; go on with --resume latest "
+            f"(what this one saw: {text})"
+        ) from error
+    # A rank that fails keeps its connections until it has said why and exits: closing them here
+    # would make the others speak first.
+    if size > 1:
+        dist.barrier()  # gloo may abort a rank whose peers have left already
+        dist.destroy_process_group()
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because of what happened to another process."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _device(name: str) -> torch.device:

@@ -18,14 +18,17 @@ from data.example import DataError
 from data.mixture import Drawn, Mixture, load_mixture, loader
 from data.processor import Processor, check_image_limits
 from modeling.bagel import Bagel
-from modeling.config import ConfigError
+from modeling.config import BagelConfig, ConfigError
 from modeling.pretrained import CheckpointError, WeightFiles, find_weights, load_pretrained
 from modeling.tokenizer import TokenizerError
-from train.checkpoint import claim_folders
+from train.checkpoint import CheckpointWriter, updates_in
 from train.config import SftConfig, UsageError, save_config
+from train.folders import FRESH, Start, claim_folders
+from train.interrupts import EXIT_STOPPED
 from train.metrics import MetricLogger
 from train.optim import NonFiniteError, build_optimizer
-from train.parallel import World, distributed
+from train.parallel import LostRankError, World, distributed
+from train.state import run_identity
 
 USER_ERRORS = (
     UsageError,
@@ -34,6 +37,7 @@ USER_ERRORS = (
     TokenizerError,
     DataError,
     NonFiniteError,
+    LostRankError,
     FileNotFoundError,
     ImportError,
 )
@@ -65,18 +69,28 @@ def _message(error: Exception) -> str:
 def run(config: SftConfig, train: Callable[[Any, World], Path]) -> None:
     """What a command line does: join the processes, claim the output folders, train.
 
-    `train` runs all steps and returns the folder of the last checkpoint.
+    `train` runs all steps, or stops early where a signal asks for it, and returns the folder of the
+    last checkpoint. A run that was stopped leaves with status 75.
     """
     with (
         exit_on_user_error(),
         distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
     ):
-        claim_folders(config, world)
+        config = claim_folders(config, world)
         if world.is_main:
             save_config(config, f"{config.run.results_dir}/config.yaml")
         last = train(config, world)
         if world.is_main:
             print(f"saved {last}")
+    stopped = updates_in(last)
+    if stopped < config.optim.total_steps:
+        if world.is_main:
+            print(
+                f"stopped by a signal after {stopped} of {config.optim.total_steps} updates: go on "
+                "with --resume latest",
+                file=sys.stderr,
+            )
+        sys.exit(EXIT_STOPPED)
 
 
 def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
@@ -118,12 +132,15 @@ def open_mixture(config: SftConfig) -> Mixture:
     )
 
 
-def open_loader(config: SftConfig, mixture: Mixture, world: World) -> DataLoader:
-    """This rank's rows of each optimizer step."""
+def open_loader(
+    config: SftConfig, mixture: Mixture, world: World, start_step: int = 0
+) -> DataLoader:
+    """This rank's rows of each optimizer step from `start_step` on."""
     return loader(
         mixture,
         config.run.global_batch,
-        steps=config.optim.total_steps,
+        start_step,
+        config.optim.total_steps - start_step,
         rank=world.rank,
         world=world.size,
         num_workers=config.data.num_workers,
@@ -137,11 +154,12 @@ def open_optimizer(student: nn.Module, config: SftConfig) -> AdamW:
     )
 
 
-def open_metrics(config: SftConfig, world: World) -> MetricLogger:
+def open_metrics(config: SftConfig, world: World, start: Start = FRESH) -> MetricLogger:
     run = config.run
-    return MetricLogger(
+    metrics = MetricLogger(
         f"{run.results_dir}/metrics.jsonl",
         total_steps=config.optim.total_steps,
+        start_step=start.step,
         log_every=run.log_every,
         rank=world.rank,
         progress=run.progress,
@@ -149,6 +167,20 @@ def open_metrics(config: SftConfig, world: World) -> MetricLogger:
         wandb_project=run.wandb_project,
         config=dataclasses.asdict(config),
     )
+    metrics.restore(start.pending)
+    return metrics
+
+
+def open_writer(
+    config: SftConfig,
+    model_config: BagelConfig,
+    processor: Processor,
+    mixture: Mixture,
+    world: World,
+) -> CheckpointWriter:
+    base = base_weights(config)
+    identity = run_identity(config, mixture, base, world)
+    return CheckpointWriter(config, model_config, processor, base, world, identity)
 
 
 def observe_draws(metrics: MetricLogger, rows: list[tuple[int, Drawn]]) -> None:

@@ -15,13 +15,12 @@ from data.mixture import Drawn
 from data.processor import Processor
 from data.streams import stream_seed
 from modeling.sequence import PackedBatch, Segment, pack
-from train.checkpoint import CheckpointWriter
 from train.config import SftConfig, parse_sft
+from train.interrupts import stop_signal
 from train.losses import chunked_logprobs
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
 from train.parallel import World, wrap
 from train.session import (
-    base_weights,
     observe_draws,
     open_loader,
     open_metrics,
@@ -29,6 +28,7 @@ from train.session import (
     open_model,
     open_optimizer,
     open_processor,
+    open_writer,
     run,
 )
 
@@ -41,10 +41,12 @@ def train(config: SftConfig, world: World) -> Path:
     model = open_model(config, world)
     student = wrap(model, world)
     optimizer = open_optimizer(student, config)
-    writer = CheckpointWriter(config, model.config, processor, base_weights(config), world)
+    writer = open_writer(config, model.config, processor, mixture, world)
+    start = writer.resume(student, None, optimizer)
+    last = start.folder
 
-    with open_metrics(config, world) as metrics:
-        for step, rows in enumerate(open_loader(config, mixture, world)):
+    with open_metrics(config, world, start) as metrics, stop_signal(world) as stop:
+        for step, rows in enumerate(open_loader(config, mixture, world, start.step), start.step):
             sequences = [
                 sequence(row, drawn, processor, step, config.run.global_seed) for row, drawn in rows
             ]
@@ -68,11 +70,14 @@ def train(config: SftConfig, world: World) -> Path:
             optimizer.step()
 
             observe_draws(metrics, rows)
-            metrics.observe(grad_norm=float(norm))
+            metrics.observe_global(grad_norm=float(norm))
             done = step + 1
             metrics.log(done, lr=lr)
-            if done % config.run.save_every == 0 or done == config.optim.total_steps:
-                last = writer.save(done, student)
+            stopping = stop.agreed()
+            if writer.due(done) or stopping:
+                last = writer.save(done, student, None, optimizer, metrics)
+            if stopping:
+                break
     return last
 
 

@@ -107,6 +107,8 @@ launch() {
   # share the cores out; torchrun would warn and give each process one
   cores=$(getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $((cores / processes)))}
+  # the trainers save and stop on SIGUSR1 too; torchrun itself would die of it
+  export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
   arguments=$(torchrun_arguments "$processes") || exit 1
   # shellcheck disable=SC2206 # split on newlines only; the bash of macOS has no mapfile
   arguments=($arguments)
