@@ -112,6 +112,7 @@ class DistillArguments:
     jsd_clip_mode: Literal["entry", "token", "off"] = _help("what the limit applies to", "entry")
     jsd_loss_kind: Literal["jsd", "tinker"] = _help("tinker = reverse-KL policy loss", "jsd")
     ce_weight: float = _help("weight of cross-entropy on the sampled tokens", 0.0)
+    launch_gates: bool = _help("stop at the start if scoring is not exact", True)
 
     def __post_init__(self) -> None:
         if self.jsd_weight < 0 or self.ce_weight < 0 or self.jsd_weight + self.ce_weight == 0:

@@ -14,15 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modeling.sequence import PackedBatch, pack
+from modeling.sequence import pack
 from modeling.tokenizer import SpecialTokens
 from train import losses
 from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd
+from train.gates import LaunchGates
 from train.interrupts import stop_signal
 from train.metrics import MetricLogger
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
 from train.parallel import RolloutCopy, World, wrap
-from train.rollout import Trajectory, placeholder, prepare, sample
+from train.rollout import (
+    Trajectory,
+    micro_batches,
+    placeholder,
+    prepare,
+    sample,
+    sampled_labels,
+)
 from train.session import (
     observe_draws,
     open_loader,
@@ -74,9 +82,12 @@ def train(config: OpsdConfig, world: World) -> Path:
                     f"{config.sampling.max_forward_tokens} with --min_completion "
                     f"{config.sampling.min_completion}, and what they wrote stayed empty"
                 )
+            idle = [placeholder(rows[0][1], processor)]
+            if step == start.step and distill.launch_gates:
+                gates = LaunchGates(distillation, student, teacher, config, tokens, world)
+                gates.check(step, trajectories, len(rows), idle)
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=world.device)
-            idle = [placeholder(rows[0][1], processor)]
             for micro in micro_batches(trajectories, len(rows), config.run.micro_batch, idle):
                 # gradients are averaged over ranks, so each rank's share counts `size` times
                 scored = distillation(student, teacher, micro, count, distill, tokens, world.device)
@@ -107,17 +118,6 @@ def train(config: OpsdConfig, world: World) -> Path:
             if stopping:
                 break
     return last
-
-
-def micro_batches(
-    trajectories: list[Trajectory], rows: int, size: int, idle: list[Trajectory]
-) -> list[list[Trajectory]]:
-    """The same number of micro batches on every rank, whatever could be sampled.
-
-    Forward and backward are collectives under sharding: a rank with fewer would leave the others
-    waiting. Where nothing is left, `idle` (a placeholder, weight zero) takes its place.
-    """
-    return [trajectories[start : start + size] or idle for start in range(0, rows, size)]
 
 
 def distillation(
@@ -164,15 +164,6 @@ def row_weights(
     counted = torch.ones_like(rows, dtype=torch.bool) if counted is None else counted
     weights[counted] = losses.trajectory_mean_weights(rows[counted], count)
     return weights
-
-
-def sampled_labels(batch: PackedBatch, micro: list[Trajectory]) -> Tensor:
-    """Labels of the loss rows, -100 where the closing token was not sampled but cut off."""
-    labels = batch.labels.clone()
-    last_rows = torch.bincount(batch.loss_sample, minlength=len(micro)).cumsum(0) - 1
-    open_ended = torch.tensor([t.ends_open for t in micro], device=labels.device)
-    labels[last_rows[open_ended]] = losses.IGNORE_INDEX
-    return labels
 
 
 def _teacher_head(

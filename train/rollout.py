@@ -7,14 +7,18 @@ Legend: a row is one record of the optimizer step, numbered over all ranks.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from data.contexts import completion, student_context, teacher_context
 from data.mixture import Drawn
 from data.processor import Processor
 from data.streams import stream_seed
 from modeling.bagel import Bagel
 from modeling.generation import Rollout, Round, SamplingParams, generate
-from modeling.sequence import Segment, segment_length
+from modeling.sequence import PackedBatch, Segment, segment_length
 from train.config import SamplingArguments
+from train.divergence import IGNORE_INDEX
 
 SHRINK = 0.8  # factor on the sides of the visual thoughts, tried again until the row fits
 SMALLEST_SCALE = 0.1
@@ -137,3 +141,23 @@ def placeholder(drawn: Drawn, processor: Processor) -> Trajectory:
     student = student_context(drawn.example, processor)
     rollout = Rollout((Round((processor.tokenizer.special.bos,), "budget", (0.0,)),))
     return Trajectory(Prompt(-1, student, student, 1), rollout)
+
+
+def micro_batches(
+    trajectories: list[Trajectory], rows: int, size: int, idle: list[Trajectory]
+) -> list[list[Trajectory]]:
+    """The same number of micro batches on every rank, whatever could be sampled.
+
+    Forward and backward are collectives under sharding: a rank with fewer would leave the others
+    waiting. Where nothing is left, `idle` (a placeholder, weight zero) takes its place.
+    """
+    return [trajectories[start : start + size] or idle for start in range(0, rows, size)]
+
+
+def sampled_labels(batch: PackedBatch, micro: list[Trajectory]) -> Tensor:
+    """Labels of the loss rows, -100 where the closing token was not sampled but cut off."""
+    labels = batch.labels.clone()
+    last_rows = torch.bincount(batch.loss_sample, minlength=len(micro)).cumsum(0) - 1
+    open_ended = torch.tensor([t.ends_open for t in micro], device=labels.device)
+    labels[last_rows[open_ended]] = IGNORE_INDEX
+    return labels

@@ -24,6 +24,7 @@ from modeling.tokenizer import TokenizerError
 from train.checkpoint import CheckpointWriter, updates_in
 from train.config import SftConfig, UsageError, save_config
 from train.folders import FRESH, Start, claim_folders
+from train.gates import GateError
 from train.interrupts import EXIT_STOPPED
 from train.metrics import MetricLogger
 from train.optim import NonFiniteError, build_optimizer
@@ -38,6 +39,7 @@ USER_ERRORS = (
     DataError,
     NonFiniteError,
     LostRankError,
+    GateError,
     FileNotFoundError,
     ImportError,
 )
