@@ -168,8 +168,12 @@ def test_navigation_answer_is_the_unique_shortest_path_of_the_picture():
         (start,) = [name for name, sign in maze.items() if sign == "start"]
         (goal,) = [name for name, sign in maze.items() if sign == "goal"]
         assert shortest_answers(maze, start) == [record.answer]
-        assert record.full_text_only_thought == f"from {start} to {goal}"
-        moves = record.answer.split()
+        _, first, *steps = record.full_text_only_thought.split()
+        moves, places = steps[::2], steps[1::2]
+        assert moves == record.answer.split()
+        assert (first, places[-1]) == (start, goal)
+        for move, here, there in zip(moves, [first, *places], places, strict=False):
+            assert neighbour(here, *STEP[move]) == there
         lengths[len(moves)] += 1
         free = sum(sign != "hole" for sign in maze.values())
         assert 0 <= free - (len(moves) + 1) <= 3
@@ -180,8 +184,8 @@ def test_navigation_answer_is_the_unique_shortest_path_of_the_picture():
 def test_navigation_thought_shows_move_k_on_ramp_colour_k():
     for record in records(NAVIGATION):
         shown = cells(record.visual_thought)
-        _, start, _, goal = record.full_text_only_thought.split()
-        place, moves = start, record.answer.split()
+        words = record.full_text_only_thought.split()
+        place, goal, moves = words[1], words[-1], record.answer.split()
         for step, move in enumerate(moves):
             cell = shown[place]
             assert tuple(cell[1, 1]) == navigation.RAMP[step]

@@ -2,9 +2,9 @@
 
 Every cell off the path is a hole except up to three free decoys, and the shortest path is unique.
 The path has 2 to 4 moves, uniformly. The visual thought draws it: the k-th cell carries the arrow
-of the k-th move on the k-th colour of a ramp, so that each move can be read without tracing the
-maze, also after a wrong move has been written. The text-only thought names the two ends and no
-move: a slip in it does not spoil the answer.
+of the k-th move on the k-th colour of a ramp. The text-only thought walks it, each move with the
+cell it leads to, so that the next move is one lookup away: with the visual thought the arrow on
+that cell, without it the free cell beside it. The answer repeats the moves.
 """
 
 import random
@@ -32,7 +32,6 @@ MIN_MOVES, MAX_MOVES = 2, 4
 MAX_DECOYS = 3
 QUESTION = "find the way"
 PLAN = "draw the way"
-THOUGHT = "from {start} to {goal}"
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 Cell = tuple[int, int]
@@ -97,7 +96,7 @@ def draw(rng: random.Random) -> MiniRecord:
     path = rng.choice(corridors(rng.randint(MIN_MOVES, MAX_MOVES)))
     free = _add_decoys(path, rng)
     moves = [NEIGHBOURS[here][there] for here, there in zip(path, path[1:], strict=False)]
-    thought = THOUGHT.format(start=cell_name(*path[0]), goal=cell_name(*path[-1]))
+    thought = _walk(path, moves)
     return MiniRecord(
         task=TASK,
         question=QUESTION,
@@ -112,8 +111,14 @@ def draw(rng: random.Random) -> MiniRecord:
 def sentences() -> list[str]:
     """Texts that between them hold every word form this family writes."""
     texts = [QUESTION, PLAN]
-    texts += [THOUGHT.format(start=cell_name(*cell), goal=cell_name(*cell)) for cell in CELLS]
+    texts += [f"from {cell_name(*cell)}" for cell in CELLS]
     return texts + [f"{move} {move}" for move in MOVES]
+
+
+def _walk(path: tuple[Cell, ...], moves: list[str]) -> str:
+    """The path in words: `from a1 right b1 down b2`."""
+    steps = [f"{move} {cell_name(*cell)}" for move, cell in zip(moves, path[1:], strict=True)]
+    return " ".join([f"from {cell_name(*path[0])}", *steps])
 
 
 def _add_decoys(path: tuple[Cell, ...], rng: random.Random) -> set[Cell]:
