@@ -27,7 +27,7 @@ from data.example import DataError, Example, Fields
 from data.mixture import MixtureConfig
 from data.parquet import SPLITS, ParquetSource, RowReader, iter_examples
 from data.processor import Processor
-from eval.kl_scoring import IDENTICAL, PRE, Scorer, TokenIds, TokenKL, post
+from eval.kl_scoring import IDENTICAL, PRE, Scorer, post
 from eval.session import (
     announce,
     checkpoint_name,
@@ -43,6 +43,7 @@ from eval.statistics import OVERALL, StratifiedMeans
 from modeling.bagel import Bagel
 from modeling.pretrained import find_weights, load_pretrained
 from train.config import UsageError
+from train.kgen import TokenIds, TokenKL
 from train.records import base_record, write_atomic, write_records
 from train.session import exit_on_user_error
 

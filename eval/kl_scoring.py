@@ -1,17 +1,12 @@
-"""KL_t of completions under two contexts: the forwards and the divergence of the KL diagnostic.
-
-Legend: R rows of a pack (T + 1 per completion of T tokens), D hidden.
+"""KL_t of completions under the contexts that the KL diagnostic compares: real visual thoughts, and
+its controls.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from data.contexts import (
     VisualThoughts,
-    completion,
     reference_completion,
     student_context,
     teacher_context,
@@ -21,63 +16,18 @@ from data.processor import Processor
 from data.streams import stream_seed
 from modeling.bagel import Bagel
 from modeling.generation import SamplingParams, generate
-from modeling.sequence import Segment, pack
-from modeling.tokenizer import SpecialTokens
-from train.losses import chunked_token_kl
+from modeling.sequence import Segment
+from train.kgen import Rows, TokenIds, TokenKL, completion_rows, token_kls
 
 PRE = "pre"  # the base on both sides, real visual thoughts in the teacher's context
 IDENTICAL = "identical"  # control: C_S on both sides
 TEACHER_VTS: dict[str, VisualThoughts] = {PRE: "real", "noise_vt": "noise", "prompts_only": "none"}
 IDENTICAL_LIMIT = 1e-6  # nats; above it equal forwards differ, and nothing here can be trusted
 
-TokenIds = tuple[int, ...]
-TokenKL = list[list[float]]  # per completion, one value per row
-
 
 def post(student: str) -> str:
     """Measure of a trained student: the base under C_T against it under C_S."""
     return f"post:{student}"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One side of Eq. 4: a model and its hidden states (R, D) at the completion rows."""
-
-    model: Bagel
-    hidden: Tensor
-
-
-@torch.no_grad()
-def completion_rows(
-    model: Bagel,
-    contexts: Sequence[list[Segment]],
-    completions: Sequence[TokenIds],
-    tokens: SpecialTokens,
-) -> Rows:
-    """The rows that predict each completion and its closing token, all samples as one pack."""
-    sequences = [
-        [*context, *completion([token_ids])]
-        for context, token_ids in zip(contexts, completions, strict=True)
-    ]
-    batch = pack(sequences, tokens).to(model.language_model.lm_head.weight.device)
-    return Rows(model, model(batch))
-
-
-def token_kls(
-    teacher: Rows, student: Rows, completions: Sequence[TokenIds], include_end_row: bool = False
-) -> TokenKL:
-    """Eq. 4 before averaging: T values per completion, of the rows that predict c_1..c_T.
-
-    `include_end_row` adds the row that predicts the closing token.
-    """
-    kl = chunked_token_kl(
-        teacher.hidden,
-        teacher.model.language_model.lm_head,
-        student.hidden,
-        student.model.language_model.lm_head,
-    )
-    per_completion = kl.split([len(token_ids) + 1 for token_ids in completions])
-    return [(row if include_end_row else row[:-1]).tolist() for row in per_completion]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from eval.statistics import OVERALL
 from modeling.bagel import Bagel
 from modeling.pretrained import Weights, find_weights
 from train.config import UsageError
-from train.records import config_hash, run_info
+from train.records import checkpoint_name, config_hash, run_info
 
 DEFAULT_SOURCES = "data/configs/visual_opsd.yaml"
 
@@ -91,12 +91,6 @@ def checkpoint_step(path: str | Path) -> int | None:
     """Optimizer steps of a checkpoint of this project; None for a released folder."""
     file = Path(path) / "run.json"
     return json.loads(file.read_text())["step"] if file.is_file() else None
-
-
-def checkpoint_name(path: str | Path) -> str:
-    """Name of a checkpoint in records: its folder, with that of the run for numbered ones."""
-    folder = Path(path).resolve()
-    return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name
 
 
 def origin(kind: str, args: argparse.Namespace) -> dict[str, Any]:

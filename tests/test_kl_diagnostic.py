@@ -15,13 +15,14 @@ from data.processor import Processor
 from data.streams import stream_seed
 from eval import kl_diagnostic
 from eval.kl_diagnostic import Sample, Selection, summarise
-from eval.kl_scoring import Scorer, completion_rows, token_kls
+from eval.kl_scoring import Scorer
 from eval.session import open_sources
 from eval.statistics import StratifiedMeans, wilson_interval
 from modeling.generation import SamplingParams, generate
 from modeling.pretrained import load_pretrained
 from modeling.sequence import Text, pack
 from tests.eval_helpers import ROWS, flags, write_world
+from train.kgen import completion_rows, token_kls
 from train.records import RECORD_FIELDS, read_records
 
 

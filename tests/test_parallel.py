@@ -1,6 +1,9 @@
-"""Two gloo processes against one: sharded (FSDP HYBRID_SHARD) and replicated (DDP) runs."""
+"""One run for every number of processes: two and four under gloo, sharded (FSDP HYBRID_SHARD) and
+replicated (DDP), against one.
+"""
 
 import dataclasses
+import hashlib
 import json
 import os
 import socket
@@ -20,6 +23,7 @@ from modeling.bagel import text_logits
 from modeling.pretrained import load_pretrained
 from modeling.sequence import Text, pack
 from tests.training import (
+    PROBES,
     WORLD,
     base_processor,
     draws,
@@ -35,28 +39,45 @@ from train import opsd, sft
 from train.checkpoint import CheckpointWriter
 from train.config import ModelArguments, UsageError
 from train.parallel import RolloutCopy, World, distributed, full_params, full_state, wrap
+from train.records import read_records
 from train.rollout import prepare, sample
 from train.session import base_weights, exit_on_user_error
 from train.teacher import EMATeacher
 
-MESHES = {"fsdp": 2, "ddp": 1}  # num_shard of two processes
-STEPS = 3
-PATIENCE = 240  # seconds; more than ten times what the processes need
-# AdamW steps that do not magnify rounding, a teacher that moves, one trajectory per forward
+MESHES = {"fsdp": (2, 2), "ddp": (2, 1), "hybrid": (4, 2)}  # processes, num_shard
+PAIRS = ("fsdp", "ddp")  # which also run everything else that is compared here
+STEPS, SFT_STEPS, PART = 10, 2, 3
+PATIENCE = 300  # seconds; more than ten times what the processes need
+# A teacher that moves, one trajectory per forward: four processes do in one what one does in four.
 FLAGS = {"total_steps": STEPS, "micro_batch": 1, "ema_decay": 0.5, "ce_weight": 0.1}
-LINEAR = {"eps": 0.1, "lr": 0.1, "min_lr": 0.0}
+FLAGS |= {"validate_every": STEPS // 2, "validation_samples": PROBES}
+# AdamW steps that do not magnify rounding (eps far above the gradients), at a rate that moves the
+# weights ten thousand times further than they may differ.
+LINEAR = {"eps": 0.1, "lr": 0.1, "schedule": "constant"}
+TOLERANCE, MOVED = 5e-6, 5e-2
 
 
 def some_rows(rows, processor, sampling, step, *rest):
-    """`prepare` without the rows of the second rank in step 1, and without row 0 in step 2."""
-    rows = [(row, drawn) for row, drawn in rows if not (step == 1 and row >= 2)]
+    """`prepare` without the second half of the rows in steps 0 and 1, and without row 0 in step 2.
+
+    So half of the processes have nothing when the launch gates are asked.
+    """
+    rows = [(row, drawn) for row, drawn in rows if not (step <= 1 and row >= 2)]
     rows = [(row, drawn) for row, drawn in rows if not (step == 2 and row == 0)]
     return prepare(rows, processor, sampling, step, *rest)
 
 
-def recorded_opsd(config, world) -> dict[str, list]:
-    """Run; what this process sampled, by step and row."""
-    rollouts = {}
+def checksum(module) -> str:
+    """Of all parameters, gathered. Collective."""
+    digest = hashlib.sha256()
+    for name, value in full_params(module):
+        digest.update(name.encode() + value.detach().clone().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def recorded_opsd(config, world) -> dict[str, dict]:
+    """Run; what this process sampled, by step and row, and checksums of what it saved, by step."""
+    rollouts, sums, save = {}, {}, CheckpointWriter.save
 
     def spy(model, prompts, processor, params, step, seed):
         trajectories = sample(model, prompts, processor, params, step, seed)
@@ -64,33 +85,50 @@ def recorded_opsd(config, world) -> dict[str, list]:
             rollouts[f"{step}/{t.prompt.row}"] = [list(r.token_ids) for r in t.rollout.rounds]
         return trajectories
 
-    with mock.patch.object(opsd, "prepare", some_rows), mock.patch.object(opsd, "sample", spy):
+    def summed(writer, step, student, ema, *rest):
+        sums[step] = [checksum(student), checksum(ema)]
+        return save(writer, step, student, ema, *rest)
+
+    with (
+        mock.patch.object(opsd, "prepare", some_rows),
+        mock.patch.object(opsd, "sample", spy),
+        mock.patch.object(CheckpointWriter, "save", summed),
+    ):
         opsd.train(config, world)
-    return rollouts
+    return {"rollouts": rollouts, "checksums": sums}
 
 
-# ---- what each of the two processes does ------------------------------------------------------
+# ---- what each of the four processes does -----------------------------------------------------
 
 
-def work(rank: int, ports: list[int], space: str, folder: str) -> None:
+def work(process: int, ports: list[int], space: str, folder: str) -> None:
+    """Two meshes of two processes side by side, then one of four."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    for port, (name, (size, num_shard)) in zip(ports, MESHES.items(), strict=True):
+        if size == 4 or PAIRS.index(name) == process // 2:
+            rank = process % size
+            os.environ |= {"RANK": str(rank), "MASTER_PORT": str(port)}
+            os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+            run_mesh(name, rank, size, num_shard, space, Path(folder) / name)
+
+
+def run_mesh(name: str, rank: int, size: int, num_shard: int, space: str, where: Path) -> None:
     paths = {"model_path": f"{space}/base", "data_root": f"{space}/datasets"}
-    for port, (name, num_shard) in zip(ports, MESHES.items(), strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        where = Path(folder) / name
-        # 0 shards over the processes of the node
-        paths["num_shard"] = 0 if name == "fsdp" else num_shard
-        config = opsd_config(where / "opsd", **FLAGS, **LINEAR, **paths)
-        with distributed(config.model, config.run.num_shard, config.run.global_batch) as world:
-            assert (world.rank, world.size, world.num_shard) == (rank, 2, num_shard)
-            assert world.sum(rank + 1.5) == 4.0
-            rollouts = recorded_opsd(config, world)
-            (where / f"rollouts{rank}.json").write_text(json.dumps(rollouts))
-            sft.train(sft_config(where / "sft", total_steps=2, **LINEAR, **paths), world)
-            report = parts(config, world)
-            (where / f"parts{rank}.json").write_text(json.dumps(report))
+    # 0 shards over the processes of the node
+    paths["num_shard"] = 0 if name == "fsdp" else num_shard
+    config = opsd_config(where / "opsd", **FLAGS, **LINEAR, **paths, save_every=PART)
+    with distributed(config.model, config.run.num_shard, config.run.global_batch) as world:
+        assert (world.rank, world.size, world.num_shard) == (rank, size, num_shard)
+        assert world.sum(rank + 1.5) == {2: 4.0, 4: 12.0}[size]
+        (where / f"record{rank}.json").write_text(json.dumps(recorded_opsd(config, world)))
+        if name not in PAIRS:
+            return
+        sft.train(sft_config(where / "sft", total_steps=SFT_STEPS, **LINEAR, **paths), world)
+        (where / f"parts{rank}.json").write_text(json.dumps(parts(config, world)))
+        part = {**FLAGS, **LINEAR, **paths, "total_steps": PART, "validate_every": 0}
+        recorded_opsd(opsd_config(where / "ungated", **part, launch_gates=False), world)
+        recorded_opsd(opsd_config(where / "again", **part, activation_checkpointing=True), world)
 
 
 @torch.no_grad()
@@ -163,71 +201,129 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder of the two-process runs by mesh, and of one process (`one`)."""
+    """Folder of the runs by mesh, of one process (`one`), and of one forward per step (`whole`)."""
     folder = tmp_path_factory.mktemp("parallel")
     for name in MESHES:
         (folder / name).mkdir()
     arguments = (free_ports(len(MESHES)), str(workspace()), str(folder))
-    processes = mp.spawn(work, arguments, nprocs=2, join=False)
+    processes = mp.spawn(work, arguments, nprocs=4, join=False)
     deadline = time.monotonic() + PATIENCE
     while not processes.join(timeout=1):
         if time.monotonic() > deadline:
             for process in processes.processes:
                 process.kill()
-            pytest.fail(f"two processes were still waiting for each other after {PATIENCE} s")
-    rollouts = recorded_opsd(opsd_config(folder / "one" / "opsd", **FLAGS, **LINEAR), WORLD)
-    (folder / "one" / "rollouts0.json").write_text(json.dumps(rollouts))
-    run_sft(folder / "one" / "sft", total_steps=2, **LINEAR)
+            pytest.fail(f"the processes were still waiting for each other after {PATIENCE} s")
+    for name, flags in {"one": FLAGS, "whole": {**FLAGS, "micro_batch": 4}}.items():
+        config = opsd_config(folder / name / "opsd", **flags, **LINEAR, save_every=PART)
+        (folder / name / "record0.json").write_text(json.dumps(recorded_opsd(config, WORLD)))
+    run_sft(folder / "one" / "sft", total_steps=SFT_STEPS, **LINEAR)
     return folder
 
 
-def rollouts_of(folder: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("rollouts*.json"))]
+RUNS = [*((name, "opsd") for name in (*MESHES, "whole")), *((name, "sft") for name in PAIRS)]
+
+
+def records_of(folder: Path, what: str) -> list[dict]:
+    """Of each process."""
+    return [json.loads(path.read_text())[what] for path in sorted(folder.glob("record*.json"))]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("mesh", MESHES)
-def test_rollouts_are_those_of_one_process(runs, mesh):
-    (one,) = rollouts_of(runs / "one")
-    first, second = rollouts_of(runs / mesh)
-    assert not first.keys() & second.keys()
-    assert first | second == one
-    # the cases that this has to cover: a rank without trajectories, ranks of unequal numbers
-    # and lengths
-    sides = (first, second)
-    per_step = [[sum(k.startswith(f"{s}/") for k in side) for side in sides] for s in range(STEPS)]
-    assert per_step[1][1] == 0 < per_step[1][0]
-    assert 0 < per_step[2][0] < per_step[2][1]
-    assert len({sum(map(len, rounds)) for rounds in one.values()}) > 2
+@pytest.mark.parametrize("name", [*MESHES, "whole"])
+def test_rollouts_are_those_of_one_process(runs, name):
+    (one,) = records_of(runs / "one", "rollouts")
+    ranks = records_of(runs / name, "rollouts")
+    assert len(ranks) == MESHES.get(name, (1,))[0]
+    assert sum(map(len, ranks)) == len(one)  # no row twice
+    assert {row: rounds for rank in ranks for row, rounds in rank.items()} == one
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("trainer", ["opsd", "sft"])
-def test_metrics_are_those_of_one_process(runs, mesh, trainer):
-    one, two = metric_lines(runs / "one" / trainer), metric_lines(runs / mesh / trainer)
-    assert len(one) == len(two) == (STEPS if trainer == "opsd" else 2)
-    for expected, line in zip(one, two, strict=True):
+def test_the_runs_have_what_sets_processes_apart(runs):
+    """Ranks without trajectories, ranks of unequal numbers and lengths, image skips, early ends."""
+    (one,) = records_of(runs / "one", "rollouts")
+    for name, (size, _) in MESHES.items():
+        ranks = records_of(runs / name, "rollouts")
+        found = [[sum(k.startswith(f"{s}/") for k in rank) for rank in ranks] for s in range(STEPS)]
+        for step in (0, 1):
+            assert sum(found[step][size // 2 :]) == 0 < min(found[step][: size // 2])
+        assert found[2][0] < max(found[2])
+    lengths = [sum(map(len, rounds)) for rounds in one.values()]
+    assert len(set(lengths)) > 5
+    assert {len(rounds) for rounds in one.values()} == {1, 2}
+    assert len({str(rounds) for rounds in one.values()}) > STEPS
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "trainer"), RUNS)
+def test_metrics_are_those_of_one_process(runs, name, trainer):
+    one, other = metric_lines(runs / "one" / trainer), metric_lines(runs / name / trainer)
+    assert len(one) == len(other) == (STEPS if trainer == "opsd" else SFT_STEPS)
+    for expected, line in zip(one, other, strict=True):
         assert line.keys() == expected.keys()
-        for name, value in expected.items():
-            assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        for key, value in expected.items():
+            assert line[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("trainer", ["opsd", "sft"])
-def test_weights_are_those_of_one_process(runs, mesh, trainer):
-    step = STEPS if trainer == "opsd" else 2
-    for name in ("model", "ema") if trainer == "opsd" else ("model",):
-        one = weights_of(runs / "one" / trainer, step, name)
-        two = weights_of(runs / mesh / trainer, step, name)
-        assert largest_difference(one, two) <= 1e-5
-        assert largest_difference(one, weights_of(workspace() / "base")) > 1e-2
+@pytest.mark.parametrize(("name", "trainer"), RUNS)
+def test_weights_are_those_of_one_process(runs, name, trainer):
+    step = STEPS if trainer == "opsd" else SFT_STEPS
+    for file in ("model", "ema") if trainer == "opsd" else ("model",):
+        one = weights_of(runs / "one" / trainer, step, file)
+        other = weights_of(runs / name / trainer, step, file)
+        assert largest_difference(one, other) <= TOLERANCE
+        assert largest_difference(one, weights_of(workspace() / "base")) > MOVED
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", [*MESHES, "whole"])
+def test_validations_are_those_of_one_process(runs, name):
+    """Probe rows are split over the processes: 12 over 4, 2 and 1."""
+    one, other = (
+        read_records(runs / run / "opsd" / "results" / "validation.jsonl") for run in ("one", name)
+    )
+    assert [record["step"] for record in one] == [step for step in (0, 5, 10) for _ in range(5)]
+    for expected, record in zip(one, other, strict=True):
+        assert (record["step"], record["task"]) == (expected["step"], expected["task"])
+        assert record["values"] == pytest.approx(expected["values"], rel=1e-4, abs=1e-6)
+    gaps = {record["step"]: record["values"]["k_gen"] for record in one if record["step"]}
+    assert abs(gaps[5] - gaps[10]) > 1e-3
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", MESHES)
+def test_all_processes_have_the_same_weights_bit_for_bit(runs, name):
+    first, *others = records_of(runs / name, "checksums")
+    assert list(first) == ["3", "5", "6", "9", "10"]  # 5 is the best so far when it is validated
+    assert all(other == first for other in others)
+    assert len({value for pair in first.values() for value in pair}) == 2 * len(first)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", PAIRS)
+def test_launch_gates_leave_no_trace_on_any_mesh(runs, name):
+    assert metric_lines(runs / name / "ungated") == metric_lines(runs / name / "opsd")[:PART]
+    for file in ("model", "ema"):
+        checked, bare = (weights_of(runs / name / run, PART, file) for run in ("opsd", "ungated"))
+        assert largest_difference(checked, bare) == 0
+    values = read_records(runs / name / "opsd" / "results" / "gates.jsonl")[0]["values"]
+    alone = read_records(runs / "one" / "opsd" / "results" / "gates.jsonl")[0]["values"]
+    for key in ("loss", "grad_norm", "real_loss", "real_grad_norm", "tokens"):
+        assert values[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", PAIRS)
+def test_activation_checkpointing_changes_nothing_on_any_mesh(runs, name):
+    for file in ("model", "ema"):
+        kept, again = (weights_of(runs / name / run, PART, file) for run in ("opsd", "again"))
+        assert largest_difference(kept, again) <= 1e-6
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", PAIRS)
 def test_wrapped_modules_compute_with_their_current_weights(runs, mesh, rank):
     report = json.loads((runs / mesh / f"parts{rank}.json").read_text())
     assert report["kind"] == ([True, False] if mesh == "fsdp" else [False, True])

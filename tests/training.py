@@ -25,11 +25,13 @@ from modeling.pretrained import RECOMPUTED, save_pretrained
 from modeling.tokenizer import load_tokenizer
 from train import opsd, sft
 from train.config import OpsdConfig, SftConfig, parse_opsd, parse_sft
+from train.metrics import OF_THE_MACHINE
 from train.parallel import World
 
 WORLD = World(rank=0, size=1, num_shard=1, device=torch.device("cpu"), compute_dtype=torch.float32)
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 ROWS = 12  # training rows per task family
+PROBES = 3  # validation rows per task family
 
 
 @functools.cache
@@ -41,6 +43,7 @@ def workspace() -> Path:
     for task in TASKS:
         data = folder / "datasets" / task / "data"
         write_shards(data, task, "train", ROWS, seed=0, shards=range(1))
+        write_shards(data, task, "validation", PROBES, seed=0, shards=range(1))
     return folder
 
 
@@ -60,7 +63,7 @@ def write_checkpoint(path: Path, seed: int) -> None:
     model.connector.fc2.bias[0] = 3.0
     head = model.language_model.lm_head.weight
     head[:, 0] = 0.0
-    head[processor.tokenizer.special.eos, 0] = 2.0
+    head[processor.tokenizer.special.eos, 0] = 1.85
     head[processor.tokenizer.encode("<image_start>")[0], 0] = 2.3
     save_pretrained(model.state_dict(), model.config, path, dtype=torch.float32)
 
@@ -125,6 +128,14 @@ def run_sft(folder: Path, **flags: Any) -> list[dict[str, float]]:
 
 
 def metric_lines(folder: Path) -> list[dict[str, float]]:
+    """What is logged at --log_every, without what depends on the machine."""
+    lines = all_lines(folder)
+    kept = [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines]
+    return [line for line in kept if "loss" in line]
+
+
+def all_lines(folder: Path) -> list[dict[str, float]]:
+    """Every line of the metrics, those of validations too."""
     text = (folder / "results" / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 

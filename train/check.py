@@ -9,9 +9,10 @@ and one line; torchrun would bury that line under its own traceback. No weights 
 import argparse
 import sys
 
-from train.config import parse_opsd, parse_sft
+from train.config import OpsdConfig, parse_opsd, parse_sft
 from train.folders import find_resumable
 from train.session import base_weights, exit_on_user_error, open_mixture, open_processor
+from train.validation import check_probe_set
 
 PARSERS = {"opsd": parse_opsd, "sft": parse_sft}
 
@@ -26,7 +27,10 @@ def main() -> None:
     with exit_on_user_error():
         find_resumable(config)
         base_weights(config)
-        open_processor(config, open_mixture(config))
+        mixture = open_mixture(config)
+        open_processor(config, mixture)
+        if isinstance(config, OpsdConfig):
+            check_probe_set(config, mixture)
 
 
 if __name__ == "__main__":

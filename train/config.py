@@ -168,6 +168,20 @@ class SamplingArguments:
 
 
 @dataclass(frozen=True)
+class ValidationArguments:
+    """Validation during training; the released data has no split for it."""
+
+    validate_every: int = _help("steps between validations, also at the end; 0 = none", 0)
+    validation_samples: int = _help("rows of the validation split, of each source", 50)
+
+    def __post_init__(self) -> None:
+        if self.validate_every < 0:
+            raise UsageError(f"--validate_every must be 0 (none) or more: {self.validate_every}")
+        if self.validation_samples < 1:
+            raise UsageError(f"--validation_samples must be 1 or more: {self.validation_samples}")
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Everything `train.sft` is told."""
 
@@ -183,6 +197,7 @@ class OpsdConfig(SftConfig):
 
     distill: DistillArguments
     sampling: SamplingArguments
+    validation: ValidationArguments
 
 
 SFT_DEFAULTS = {  # the paper's text-only SFT baseline, where it differs from OPSD

@@ -132,6 +132,18 @@ def token_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     ).sum(-1)
 
 
+def kept_kl(student_logp: Tensor, teacher: TeacherTopK) -> Tensor:
+    """KL(teacher || student) per row (R,) over the teacher's kept entries and a bucket of the rest.
+
+    student_logp (R, V): full log-probs at the teacher's temperature. Pooling entries can only lower
+    a KL: this is `token_kl` where all are kept, and never more.
+    """
+    if teacher.ids is None:
+        return divergence_from_logprobs(student_logp, teacher.logprobs, beta=0.0).sum(-1)
+    kept = _with_tail(student_logp.gather(-1, teacher.ids))
+    return divergence_from_logprobs(kept, _with_tail(teacher.logprobs), beta=0.0).sum(-1)
+
+
 def aligned_logprobs(
     student_logits: Tensor, teacher: TeacherTopK, config: JSDConfig
 ) -> tuple[Tensor, Tensor]:

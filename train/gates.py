@@ -27,7 +27,7 @@ from modeling.sequence import PackedBatch, pack
 from modeling.tokenizer import SpecialTokens
 from train.config import DistillArguments, OpsdConfig
 from train.losses import IGNORE_INDEX, chunked_logprobs
-from train.metrics import gather_from_ranks
+from train.metrics import gather_from_ranks, say
 from train.optim import clip_grad_norm
 from train.parallel import World
 from train.records import base_record, config_hash, read_records, write_records
@@ -186,7 +186,7 @@ class LaunchGates:
         if problems:
             raise GateError(f"step {step}, launch gate: {'; '.join(problems)}")
         if self.world.is_main:
-            print(f"launch gates hold: {findings}", flush=True)
+            say(f"launch gates hold: {findings}")
 
     def _score(self, micros: list[list[Trajectory]], chosen: int) -> Findings:
         """Two passes over the micro batches, without the gap and with the real teacher."""

@@ -26,6 +26,7 @@ from train.divergence import (
     full_logprobs,
     generalized_jsd,
     jsd_rows,
+    kept_kl,
     same_shape,
     token_kl,
     token_logprobs,
@@ -46,6 +47,7 @@ __all__ = [
     "divergence_from_logprobs",
     "generalized_jsd",
     "jsd_rows",
+    "kept_kl",
     "policy_rows",
     "teacher_topk",
     "token_kl",
@@ -64,6 +66,7 @@ class DistillOutput:
 
     loss: Tensor  # () sum over rows of row_weight * row divergence
     row_jsd: Tensor  # (R,) nats, tau**2 included
+    row_kl: Tensor  # (R,) nats at tau, neither clipped nor renormalised; see `kept_kl`
     student_entropy: Tensor  # (R,) nats, full vocabulary at tau
     mass_outside: Tensor  # (R,) student probability outside the teacher's kept entries
     clipped_share: Tensor  # (R,) share of the row's terms at the clip (token clip: 0 or 1)
@@ -97,7 +100,7 @@ def chunked_jsd(
     check_teacher(rows_total, teacher)
     same_shape("row_weights and rows", row_weights.shape, hidden_rows.shape[:1])
     project = _projection(hidden_rows, lm_head)
-    diagnostics: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    diagnostics: dict[int, tuple[Tensor, ...]] = {}
 
     def score(rows: Tensor, start: int) -> Tensor:
         logits = project(rows)
@@ -106,16 +109,16 @@ def chunked_jsd(
         kept = TeacherTopK(ids, teacher.logprobs[span])
         row_jsd, clipped = clipped_rows(*aligned_logprobs(logits, kept, config), kept, config)
         if start not in diagnostics:  # the recomputation in the backward pass skips this
-            entropy, outside = _student_diagnostics(logits, kept, config.temperature)
-            diagnostics[start] = (entropy, outside, clipped)
+            watched = _student_diagnostics(logits, kept, config.temperature)
+            diagnostics[start] = (*watched, clipped)
         return row_jsd
 
     row_jsd = _map_rows(score, hidden_rows, chunk_rows)
-    entropy, outside, clipped = (
-        torch.cat([diagnostics[start][i] for start in sorted(diagnostics)]) for i in range(3)
+    kl, entropy, outside, clipped = (
+        torch.cat([diagnostics[start][i] for start in sorted(diagnostics)]) for i in range(4)
     )
     loss = (row_weights.to(row_jsd.dtype) * row_jsd).sum()
-    return DistillOutput(loss, row_jsd.detach(), entropy, outside, clipped)
+    return DistillOutput(loss, row_jsd.detach(), kl, entropy, outside, clipped)
 
 
 def chunked_logprobs(
@@ -227,14 +230,16 @@ def token_mean_weights(labels: Tensor, n_tokens: int | None = None) -> Tensor:
 @torch.no_grad()
 def _student_diagnostics(
     logits: Tensor, teacher: TeacherTopK, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Entropy (C,) of the student and its probability (C,) outside the kept entries."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL (C,) from the teacher, the student's entropy (C,), its probability (C,) outside the kept
+    entries.
+    """
     logp = full_logprobs(logits, temperature)
-    entropy = -(logp.exp() * logp).sum(-1)
+    kl, entropy = kept_kl(logp, teacher), -(logp.exp() * logp).sum(-1)
     if teacher.ids is None:
-        return entropy, torch.zeros_like(entropy)
+        return kl, entropy, torch.zeros_like(entropy)
     inside = torch.logsumexp(logp.gather(-1, teacher.ids), dim=-1)
-    return entropy, -torch.expm1(inside.clamp(max=0))
+    return kl, entropy, -torch.expm1(inside.clamp(max=0))
 
 
 def _projection(hidden_rows: Tensor, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -7,19 +7,27 @@ Across ranks the sums and counts are added, not the means, so unequal ranks weig
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterable
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from train.records import write_atomic
 
-Pairs = dict[str, tuple[float, int]]  # name -> sum, count
+Pairs = dict[str, tuple[float, float]]  # name -> sum, count
 ON_THE_BAR = ("loss", "completion_length", "lr")  # the rest is in the file
+SPEED = "tokens_per_second"
+PEAK = "peak_memory_mib"
+OF_THE_MACHINE = (SPEED, PEAK)  # no two runs have these alike
+T = TypeVar("T")
 
 
 class MetricLogger:
@@ -29,6 +37,7 @@ class MetricLogger:
         run does not repeat steps. None writes no file.
     log_every: `log` reports at steps divisible by it, and at `total_steps`.
     gather: rank-local object -> list of all ranks' objects; torch.distributed when initialised.
+    device: whose peak memory is reported; None leaves it out.
     tensorboard_dir, wandb_project: asked for means needed; a missing package is an error.
     config: settings of the run, kept by wandb.
     """
@@ -42,6 +51,7 @@ class MetricLogger:
         log_every: int = 1,
         rank: int = 0,
         progress: bool = True,
+        device: torch.device | None = None,
         gather: Callable[[Pairs], list[Pairs]] | None = None,
         tensorboard_dir: str | None = None,
         wandb_project: str | None = None,
@@ -50,6 +60,9 @@ class MetricLogger:
         if log_every < 1:
             raise ValueError(f"log_every={log_every} must be at least 1; 1 logs every step")
         self.total_steps, self.log_every, self.rank = total_steps, log_every, rank
+        self.device = device
+        self._tokens, self._seconds = 0, 0.0
+        self._started: float | None = None
         self._gather = gather or gather_from_ranks
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
@@ -57,13 +70,12 @@ class MetricLogger:
         # Every rank looks for the packages: one that stops alone would leave the others waiting.
         tensorboard = _needed("tensorboard", "--tensorboard_dir") if tensorboard_dir else None
         wandb = _needed("wandb", "--wandb_project") if wandb_project else None
-        tqdm = _needed("tqdm", "the progress bar") if progress else None
         if rank != 0:
             return
         if path is not None:
             self._file = _open_from(Path(path), start_step)
-        if tqdm is not None:
-            self._bar = tqdm.tqdm(total=total_steps, initial=start_step, dynamic_ncols=True)
+        if progress:
+            self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True)
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -86,6 +98,24 @@ class MetricLogger:
         if self.rank == 0:
             self.observe(**values)
 
+    def timed(self, steps: Iterable[T]) -> Iterator[T]:
+        """The items of `steps`, on a clock: it runs from the request for an item to `log`.
+
+        What comes after `log`, checkpoints and validation, does not count.
+        """
+        iterator = iter(steps)
+        while True:
+            self._started = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            yield item
+
+    def count_tokens(self, tokens: int) -> None:
+        """Add tokens of this rank to those whose number per second of the clock is reported."""
+        self._tokens += tokens
+
     def reports(self, step: int) -> bool:
         """Whether `log` reports after `step` completed updates."""
         return step % self.log_every == 0 or step == self.total_steps
@@ -98,12 +128,21 @@ class MetricLogger:
         """
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+        if self._started is not None:
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
         if not self.reports(step):
             return None
-        line = {"step": step, **_means(self._gather(self._local_pairs())), **now}
+        pairs = self._local_pairs() | self._machine_pairs()
+        line = {"step": step, **_means(self._gather(pairs)), **now}
         if self.rank == 0:
             self._write(line)
         return line
+
+    def note(self, step: int, **values: float | None) -> None:
+        """Write a line of its own, at once, with values that all ranks have alike."""
+        if self.rank == 0:
+            self._write({"step": step, **values})
 
     def close(self) -> None:
         """Finish the progress bar and close the files."""
@@ -146,7 +185,17 @@ class MetricLogger:
         self._sums, self._counts = {}, {}
         return pairs
 
-    def _write(self, line: dict[str, float]) -> None:
+    def _machine_pairs(self) -> Pairs:
+        """Tokens since the last report over the seconds of rank 0's clock, and peak memory."""
+        pairs: Pairs = {}
+        if self._tokens or self._seconds:
+            pairs[SPEED] = (self._tokens, self._seconds if self.rank == 0 else 0.0)
+        if self.device is not None:
+            pairs[PEAK] = (peak_memory(self.device), 1)
+        self._tokens, self._seconds = 0, 0.0
+        return pairs
+
+    def _write(self, line: dict[str, float | None]) -> None:
         step = line["step"]
         finite = {k: v for k, v in line.items() if v is not None and math.isfinite(v)}
         if self._file is not None:
@@ -155,8 +204,9 @@ class MetricLogger:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         shown = {name: value for name, value in finite.items() if name != "step"}
-        if self._bar is not None:
-            self._bar.set_postfix({n: f"{shown[n]:.4g}" for n in ON_THE_BAR if n in shown})
+        on_the_bar = {n: f"{shown[n]:.4g}" for n in ON_THE_BAR if n in shown}
+        if self._bar is not None and on_the_bar:
+            self._bar.set_postfix(on_the_bar)
         if self._board is not None:
             for name, value in shown.items():
                 self._board.add_scalar(name, value, step)
@@ -164,12 +214,26 @@ class MetricLogger:
             self._wandb.log(shown, step=step)
 
 
-def gather_from_ranks(pairs: Pairs) -> list[Pairs]:
-    """Everyone's pairs; ranks may have observed different names."""
+def say(text: str) -> None:
+    """Print a line above the progress bar, if there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory so far, MiB: of tensors on a GPU, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**20 if sys.platform == "darwin" else 2**10)  # in bytes there, else in KiB
+
+
+def gather_from_ranks(mine: T) -> list[T]:
+    """Everyone's object, e.g. pairs: ranks may have observed different names. Collective."""
     if not (dist.is_available() and dist.is_initialized()):
-        return [pairs]
-    everyone: list[Pairs] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, pairs)
+        return [mine]
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
     return everyone
 
 
@@ -184,8 +248,14 @@ def add_pairs(ranks: Iterable[Pairs]) -> Pairs:
 
 
 def _means(ranks: list[Pairs]) -> dict[str, float]:
-    """Sum of sums over sum of counts; names without a single value are left out."""
-    return {name: total / count for name, (total, count) in add_pairs(ranks).items() if count}
+    """Sum of sums over sum of counts; names without a single value are left out.
+
+    The peak of memory is that of the rank with the largest.
+    """
+    means = {name: total / count for name, (total, count) in add_pairs(ranks).items() if count}
+    if PEAK in means:
+        means[PEAK] = max(pairs[PEAK][0] for pairs in ranks)
+    return means
 
 
 def _open_from(path: Path, start_step: int):

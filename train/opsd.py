@@ -25,6 +25,7 @@ from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
 from train.parallel import RolloutCopy, World, wrap
 from train.rollout import (
     Trajectory,
+    means_by_task,
     micro_batches,
     placeholder,
     prepare,
@@ -43,6 +44,7 @@ from train.session import (
     run,
 )
 from train.teacher import EMATeacher, Teacher, build_teacher, squared_distance
+from train.validation import open_validation
 
 
 def train(config: OpsdConfig, world: World) -> Path:
@@ -63,11 +65,13 @@ def train(config: OpsdConfig, world: World) -> Path:
     optimizer = open_optimizer(student, config)
     ema = teacher.module if isinstance(teacher, EMATeacher) else None
     writer = open_writer(config, model.config, processor, mixture, world)
+    validation = open_validation(writer, mixture, student, actor)  # the student is the base yet
     start = writer.resume(student, ema, optimizer)
     last = start.folder
 
     with open_metrics(config, world, start) as metrics, stop_signal(world) as stop:
-        for step, rows in enumerate(open_loader(config, mixture, world, start.step), start.step):
+        loader = metrics.timed(open_loader(config, mixture, world, start.step))
+        for step, rows in enumerate(loader, start.step):
             actor.refresh(student)
             prompts = prepare(rows, processor, config.sampling, step, seed, distill.noise_vt)
             trajectories = sample(
@@ -94,7 +98,7 @@ def train(config: OpsdConfig, world: World) -> Path:
                 (scored["loss"] * world.size).backward()
                 loss += scored.pop("loss").detach()
                 if micro is not idle:
-                    metrics.observe(**scored)
+                    observe_scores(metrics, scored, micro)
 
             norm = clip_grad_norm(student, config.optim.max_grad_norm)
             total = world.sum(float(loss))
@@ -112,9 +116,12 @@ def train(config: OpsdConfig, world: World) -> Path:
             if metrics.reports(done):  # reads all parameters
                 now["teacher_drift"] = drift(teacher, student, world)
             metrics.log(done, **now)
+            best = validation.after(done, student, metrics)
             stopping = stop.agreed()
-            if writer.due(done) or stopping:
+            if writer.due(done) or best or stopping:
                 last = writer.save(done, student, ema, optimizer, metrics)
+            if best:
+                writer.mark_best(done)
             if stopping:
                 break
     return last
@@ -194,6 +201,7 @@ def _student_head(
         loss = out.loss
         scored = {
             "jsd": out.row_jsd,
+            "k_gen": out.row_kl,
             "student_entropy": out.student_entropy,
             "student_mass_outside": out.mass_outside,
             "clipped_share": out.clipped_share,
@@ -211,6 +219,17 @@ def drift(teacher: Teacher, student: nn.Module, world: World) -> float:
     return math.sqrt(world.sum(float(squares)) / world.sum(count))
 
 
+def observe_scores(
+    metrics: MetricLogger, scored: dict[str, Tensor], micro: list[Trajectory]
+) -> None:
+    """What a micro batch was scored; the gap to the teacher by task as well."""
+    for name, rows in scored.items():
+        if name == "k_gen":
+            metrics.observe(**means_by_task(name, rows, micro))
+        else:
+            metrics.observe(**{name: rows})
+
+
 def observe_rollouts(
     metrics: MetricLogger, rows: int, prompts: int, trajectories: list[Trajectory]
 ) -> None:
@@ -219,6 +238,7 @@ def observe_rollouts(
         over_cap=torch.arange(rows) < rows - prompts,
         empty_completions=torch.arange(rows) < prompts - len(trajectories),
     )
+    metrics.count_tokens(sum(len(trajectory.rollout.token_ids) for trajectory in trajectories))
     for trajectory in trajectories:
         metrics.observe(
             completion_length=len(trajectory.rollout.token_ids),

@@ -78,6 +78,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def checkpoint_name(path: str | Path) -> str:
+    """Name of a checkpoint in records: its folder, with that of the run for numbered ones."""
+    folder = Path(path).resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name
+
+
 def config_hash(config: Any) -> str:
     """First 12 hex digits of the SHA-256 of a dataclass or mapping, independent of key order."""
     plain = asdict(config) if is_dataclass(config) else dict(config)

@@ -34,6 +34,7 @@ class Prompt:
     teacher: list[Segment]  # C_T
     budget: int  # completion tokens
     image_scale: float = 1.0  # of the visual thoughts, below 1 when the cap asked for it
+    task: str = ""  # the source of the record
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _fit(
         teacher = teacher_context(drawn.example, processor, vt, noise_seed, scale)
         room = sampling.max_forward_tokens - context_length(teacher) - turns
         if room >= sampling.min_completion:
-            return Prompt(row, student, teacher, min(sampling.sample_max_new_tokens, room), scale)
+            budget = min(sampling.sample_max_new_tokens, room)
+            return Prompt(row, student, teacher, budget, scale, drawn.example.source)
         scale *= SHRINK
     return None
 
@@ -161,3 +163,18 @@ def sampled_labels(batch: PackedBatch, micro: list[Trajectory]) -> Tensor:
     open_ended = torch.tensor([t.ends_open for t in micro], device=labels.device)
     labels[last_rows[open_ended]] = IGNORE_INDEX
     return labels
+
+
+def means_by_task(name: str, rows: Tensor, micro: list[Trajectory]) -> dict[str, Tensor]:
+    """Means per trajectory of values (R,) at its loss rows: all as `name`, and as `name/TASK`.
+
+    Nothing is read back from the device.
+    """
+    sizes = [sum(len(r.token_ids) + 1 for r in t.rollout.rounds) for t in micro]
+    means = [part.mean() for part in rows.split(sizes)]
+    tasks = sorted({t.prompt.task for t in micro})
+    by_task = {
+        f"{name}/{task}": [m for m, t in zip(means, micro, strict=True) if t.prompt.task == task]
+        for task in tasks
+    }
+    return {key: torch.stack(values) for key, values in ({name: means} | by_task).items()}

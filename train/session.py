@@ -165,6 +165,7 @@ def open_metrics(config: SftConfig, world: World, start: Start = FRESH) -> Metri
         log_every=run.log_every,
         rank=world.rank,
         progress=run.progress,
+        device=world.device,
         tensorboard_dir=run.tensorboard_dir,
         wandb_project=run.wandb_project,
         config=dataclasses.asdict(config),

@@ -51,7 +51,7 @@ FREE = frozenset(
     + ["data_root", "num_workers", "device", "attention_backend", "activation_checkpointing"]
     + ["preset", "results_dir", "checkpoint_dir", "overwrite", "resume", "micro_batch"]
     + ["num_shard", "save_every", "save_dtype", "save_state", "keep_last", "log_every"]
-    + ["progress", "tensorboard_dir", "wandb_project", "launch_gates"]
+    + ["progress", "tensorboard_dir", "wandb_project", "launch_gates", "validate_every"]
 )
 SMALL_FILES = ("llm_config.json", "vit_config.json", "tokenizer.json", "preprocessor_config.json")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weight file

@@ -1,0 +1,225 @@
+"""Validation during training: what it measures, what it leaves, and that it changes nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval import kl_diagnostic
+from eval import run as eval_run
+from tests.training import (
+    CONFIGS,
+    PROBES,
+    all_lines,
+    largest_difference,
+    metric_lines,
+    opsd_argv,
+    run_opsd,
+    weights_of,
+    workspace,
+)
+from train.config import parse_opsd
+from train.records import read_records
+from train.validation import OVERALL, Outcome, Validation, summarise
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "models" / "mini-base"  # one that gets some of the answers right
+SEED = 5
+FLAGS = {"total_steps": 3, "lr": 2e-3, "data_seed": SEED, "save_every": 3}
+VALIDATED = {"model_path": BASE, "validate_every": 2, "validation_samples": PROBES}
+SOURCES = ["--dataset_config_file", str(CONFIGS / "mini_opsd.yaml")]
+
+
+def records_of(run: Path) -> list[dict]:
+    return read_records(run / "results" / "validation.jsonl")
+
+
+def best_of(run: Path) -> str:
+    return os.readlink(run / "checkpoints" / "best")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three updates that validates at 0, 2 and, as the last one, 3."""
+    folder = tmp_path_factory.mktemp("validated")
+    run_opsd(folder, **FLAGS, **VALIDATED)
+    return folder
+
+
+def test_there_is_a_record_per_task_and_one_overall_each_time(run):
+    records = records_of(run)
+    assert [r["step"] for r in records] == [step for step in (0, 2, 3) for _ in range(5)]
+    tasks = [r["task"] for r in records[:5]]
+    assert tasks[-1] == OVERALL and len(set(tasks)) == 5
+    assert {r["kind"] for r in records} == {"validation"}
+    assert {r["seed"] for r in records} == {SEED}
+    for step, found in ((0, records[:5]), (3, records[10:])):
+        assert {r["system"] for r in found} == {"checkpoints/0000003" if step else "mini-base"}
+        assert [r["values"]["n"] for r in found] == [PROBES] * 4 + [4 * PROBES]
+        values = [r["values"] for r in found]
+        for name in ("accuracy", "k_gen", "mean_tokens", "unparsed_rate", "budget_rate"):
+            per_task = [value[name] for value in values[:-1]]
+            assert values[-1][name] == pytest.approx(sum(per_task) / 4)
+    base, last = records[0]["values"], records[10]["values"]
+    assert base["gap_closed"] == 0
+    assert last["gap_closed"] == pytest.approx(1 - last["k_gen"] / base["k_gen"])
+
+
+def test_k_gen_is_that_of_the_diagnostic(run, tmp_path):
+    """Of the base before the first update, of the saved student after the last one."""
+    argv = ["--model_path", str(BASE), *SOURCES, "--data_root", str(workspace() / "datasets")]
+    argv += ["--student_path", f"student={run / 'checkpoints' / 'latest'}", "--device", "cpu"]
+    argv += ["--num_samples", str(4 * PROBES), "--seed", str(SEED), "--split", "validation"]
+    kl_diagnostic.main([*argv, "--output_dir", str(tmp_path)])
+    records = json.loads((tmp_path / "summary.json").read_text())
+    summary = {record["task"]: record["values"] for record in records}
+    for record in records_of(run):
+        if record["step"] in (0, 3):
+            measure = {0: "pre", 3: "post:student"}[record["step"]]
+            expected = summary[record["task"]][measure]["value"]
+            assert record["values"]["k_gen"] == pytest.approx(expected, rel=1e-5), record["task"]
+    assert summary[OVERALL]["post:student"]["value"] != pytest.approx(
+        summary[OVERALL]["pre"]["value"], rel=1e-3
+    )
+
+
+def test_accuracy_is_that_of_the_evaluation(run, tmp_path):
+    """The probe set is the whole validation split here, so both see the same rows."""
+    for step, path in ((0, BASE), (3, run / "checkpoints" / "latest")):
+        argv = ["--model_path", str(path), *SOURCES, "--data_root", str(workspace() / "datasets")]
+        argv += ["--split", "validation", "--context", "student", "--max_new_tokens", "12"]
+        eval_run.main([*argv, "--device", "cpu", "--output_dir", str(tmp_path / str(step))])
+        scores = json.loads((tmp_path / str(step) / "scores.json").read_text())
+        expected = {r["task"]: r["values"] for r in scores}
+        found = {r["task"]: r["values"] for r in records_of(run) if r["step"] == step}
+        assert found.keys() == expected.keys()
+        for task, values in found.items():
+            for name in ("accuracy", "unparsed_rate", "mean_tokens"):
+                assert values[name] == pytest.approx(expected[task][name]), (task, name)
+        assert 0 < found[OVERALL]["accuracy"] < 1
+
+
+def test_it_changes_neither_the_run_nor_its_metrics(run, tmp_path):
+    plain = run_opsd(tmp_path, **FLAGS, model_path=BASE)
+    assert plain == metric_lines(run)
+    assert largest_difference(weights_of(tmp_path, 3), weights_of(run, 3)) == 0
+    assert not (tmp_path / "results" / "validation.jsonl").exists()
+    assert not (tmp_path / "checkpoints" / "best").exists()
+
+
+def test_results_are_also_lines_of_the_metrics(run):
+    lines = [line for line in all_lines(run) if "val/accuracy" in line]
+    assert [line["step"] for line in lines] == [2, 3]
+    for line in lines:
+        for record in records_of(run):
+            if record["step"] == line["step"]:
+                end = "" if record["task"] == OVERALL else f"/{record['task']}"
+                for name in ("accuracy", "k_gen", "gap_closed"):
+                    assert line[f"val/{name}{end}"] == record["values"][name]
+
+
+def test_a_resumed_run_has_the_records_of_the_uninterrupted_one(run, tmp_path):
+    for name in ("results", "checkpoints"):
+        shutil.copytree(run / name, tmp_path / name, symlinks=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "0000003")
+    best = best_of(run)
+    if best == "0000003":
+        (tmp_path / "checkpoints" / "best").unlink()
+    assert (tmp_path / "checkpoints" / "0000002").is_dir()  # the best so far, after update 2
+    run_opsd(tmp_path, **FLAGS, **VALIDATED, resume="auto")
+    fresh = ("id", "created", "command", "info", "config_hash", "hardware", "commit")
+    bare = [
+        [{k: v for k, v in record.items() if k not in fresh} for record in records_of(folder)]
+        for folder in (run, tmp_path)
+    ]
+    assert bare[0] == bare[1]
+    assert best_of(tmp_path) == best
+
+
+def test_what_was_measured_after_the_resumed_update_is_measured_again(run, tmp_path):
+    """Also where the base was not: validation may be switched on by a resumed run."""
+    unvalidated = {**FLAGS, **VALIDATED, "validate_every": 0, "save_every": 1}
+    run_opsd(tmp_path, **unvalidated)
+    shutil.rmtree(tmp_path / "checkpoints" / "0000003")
+    run_opsd(tmp_path, **FLAGS, **VALIDATED, resume="latest")
+    values = [r["values"] for r in records_of(tmp_path)]
+    whole = [r["values"] for r in records_of(run) if r["step"] != 2]
+    assert values == whole
+
+
+CANNED = {1: (0.5, 0.3), 2: (0.7, 0.2), 3: (0.7, 0.1), 4: (0.7, 0.1), 5: (0.6, 0.0)}
+
+
+def test_the_best_is_kept(tmp_path, monkeypatch):
+    """Highest accuracy, then lowest K_gen, then the earlier one."""
+    monkeypatch.setattr(
+        Validation,
+        "measure",
+        lambda self, step: {
+            OVERALL: dict(zip(("accuracy", "k_gen"), CANNED.get(step, (0, 1)), strict=True))
+            | {"gap_closed": 0.0}
+        },
+    )
+    flags = {"total_steps": 5, "save_every": 5, "keep_last": 1, "save_state": False}
+    run_opsd(tmp_path, **flags, validate_every=1, validation_samples=1)
+    assert best_of(tmp_path) == "0000003"
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["0000003", "0000005", "best", "latest"]
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == "0000005"
+    assert json.loads((tmp_path / "checkpoints" / "best" / "run.json").read_text())["step"] == 3
+
+
+def outcome(index, task, accuracy, k_gen):
+    return Outcome(index, task, accuracy, 1 - accuracy, 0.0, 10.0 * (index + 1), k_gen)
+
+
+def test_every_task_counts_the_same():
+    rows = [outcome(0, "a", 1.0, 0.4), outcome(1, "b", 0.0, 0.1), outcome(2, "b", 0.0, 0.3)]
+    scores = summarise(rows)
+    assert scores["b"]["n"] == 2 and scores["b"]["k_gen"] == pytest.approx(0.2)
+    assert scores[OVERALL]["n"] == 3
+    assert scores[OVERALL]["accuracy"] == 0.5
+    assert scores[OVERALL]["k_gen"] == pytest.approx(0.3)
+    assert scores[OVERALL]["mean_tokens"] == (10 + 25) / 2
+
+
+# ---- what cannot be validated -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"validate_every": -1}, "--validate_every must be 0 (none) or more: -1"),
+        ({"validation_samples": 0}, "--validation_samples must be 1 or more: 0"),
+    ],
+)
+def test_flags_out_of_range_are_named(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        parse_opsd(opsd_argv(tmp_path, **flags))
+    assert message in capsys.readouterr().err
+
+
+def checked(folder: Path, **flags) -> str:
+    """What the check before a launch says; it refuses."""
+    command = [sys.executable, "-m", "train.check", "opsd", *opsd_argv(folder, **flags)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    return result.stderr
+
+
+def test_too_few_rows_are_found_before_the_launch(tmp_path):
+    said = checked(tmp_path, validate_every=1, validation_samples=PROBES + 1)
+    assert f"--validation_samples {PROBES + 1}, but Visual_Search has {PROBES}" in said
+
+
+def test_a_missing_split_is_found_before_the_launch(tmp_path):
+    shutil.copytree(workspace() / "datasets", tmp_path / "datasets")
+    for file in (tmp_path / "datasets").rglob("*validation*"):
+        file.unlink()
+    said = checked(tmp_path, data_root=tmp_path / "datasets", validate_every=1)
+    assert "--validate_every needs a validation split: no file matches" in said
+    assert "give it a name with 'validation' in the place of 'train'" in said
