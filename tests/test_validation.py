@@ -123,21 +123,18 @@ def test_results_are_also_lines_of_the_metrics(run):
 
 
 def test_a_resumed_run_has_the_records_of_the_uninterrupted_one(run, tmp_path):
-    for name in ("results", "checkpoints"):
-        shutil.copytree(run / name, tmp_path / name, symlinks=True)
+    flags = {**FLAGS, **VALIDATED, "save_every": 1}
+    run_opsd(tmp_path, **flags)
     shutil.rmtree(tmp_path / "checkpoints" / "0000003")
-    best = best_of(run)
-    if best == "0000003":
-        (tmp_path / "checkpoints" / "best").unlink()
-    assert (tmp_path / "checkpoints" / "0000002").is_dir()  # the best so far, after update 2
-    run_opsd(tmp_path, **FLAGS, **VALIDATED, resume="auto")
+    (tmp_path / "checkpoints" / "best").unlink()
+    run_opsd(tmp_path, **flags, resume="latest")
     fresh = ("id", "created", "command", "info", "config_hash", "hardware", "commit")
     bare = [
         [{k: v for k, v in record.items() if k not in fresh} for record in records_of(folder)]
         for folder in (run, tmp_path)
     ]
     assert bare[0] == bare[1]
-    assert best_of(tmp_path) == best
+    assert best_of(tmp_path) == best_of(run)
 
 
 def test_what_was_measured_after_the_resumed_update_is_measured_again(run, tmp_path):
@@ -164,13 +161,26 @@ def test_the_best_is_kept(tmp_path, monkeypatch):
             | {"gap_closed": 0.0}
         },
     )
-    flags = {"total_steps": 5, "save_every": 5, "keep_last": 1, "save_state": False}
+    flags = {"total_steps": 5, "save_every": 5, "keep_last": 1}
     run_opsd(tmp_path, **flags, validate_every=1, validation_samples=1)
     assert best_of(tmp_path) == "0000003"
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["0000003", "0000005", "best", "latest"]
     assert os.readlink(tmp_path / "checkpoints" / "latest") == "0000005"
-    assert json.loads((tmp_path / "checkpoints" / "best" / "run.json").read_text())["step"] == 3
+    best = tmp_path / "checkpoints" / "best"
+    assert json.loads((best / "run.json").read_text())["step"] == 3
+    assert largest_difference(weights_of(best), weights_of(tmp_path, 5)) > 0
+    assert not (best / "state").exists()  # it was not due
+    assert (tmp_path / "checkpoints" / "latest" / "state").is_dir()
+
+
+def test_records_of_an_earlier_run_do_not_stay(tmp_path):
+    flags = {"model_path": BASE, "total_steps": 1, "overwrite": True}
+    run_opsd(tmp_path, **flags, validate_every=1, validation_samples=1)
+    run_opsd(tmp_path, **flags, validate_every=1, validation_samples=1, data_seed=SEED)
+    assert {r["seed"] for r in records_of(tmp_path)} == {SEED}
+    run_opsd(tmp_path, **flags)
+    assert not (tmp_path / "results" / "validation.jsonl").exists()
 
 
 def outcome(index, task, accuracy, k_gen):

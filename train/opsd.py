@@ -118,8 +118,9 @@ def train(config: OpsdConfig, world: World) -> Path:
             metrics.log(done, **now)
             best = validation.after(done, student, metrics)
             stopping = stop.agreed()
-            if writer.due(done) or best or stopping:
-                last = writer.save(done, student, ema, optimizer, metrics)
+            if (due := writer.due(done) or stopping) or best:
+                # what is kept as the best is to be used; resuming is for those that are due
+                last = writer.save(done, student, ema, optimizer if due else None, metrics)
             if best:
                 writer.mark_best(done)
             if stopping:

@@ -36,7 +36,7 @@ from data.processor import Processor
 from modeling.generation import SamplingParams, generate
 from train.checkpoint import CheckpointWriter
 from train.config import OpsdConfig, UsageError
-from train.folders import find_resumable
+from train.folders import FRESH, find_resumable
 from train.kgen import Rows, TokenIds, TokenKL, completion_rows, token_kls
 from train.metrics import MetricLogger, gather_from_ranks, say
 from train.parallel import RolloutCopy
@@ -241,6 +241,8 @@ def open_validation(
         DataError: it has no validation split, or too few usable rows.
     """
     if writer.config.validation.validate_every == 0:
+        if writer.world.is_main and find_resumable(writer.config)[0] == FRESH:
+            (Path(writer.config.run.results_dir) / FILE).unlink(missing_ok=True)  # another run's
         return Validation(writer, actor, [], None)
     actor.refresh(student)
     head = copy.deepcopy(actor.model.language_model.lm_head).cpu()
