@@ -131,7 +131,7 @@ def test_a_forward_that_does_not_repeat_stops_the_run(
 
     def drift(*args):
         rows = honest(*args)
-        return type(rows)(rows.model, rows.hidden + next(drifting))
+        return type(rows)(rows.hidden + next(drifting), rows.head)
 
     monkeypatch.setattr(Scorer, "student_rows", drift)
     drawn = example(world)

@@ -206,7 +206,7 @@ def test_equal_contexts_and_weights_give_exactly_nothing(tmp_path, monkeypatch):
     assert largest_difference(after, before) == 0
     monkeypatch.undo()
     lines = run_opsd(tmp_path / "real", **flags)
-    assert all(line["loss"] > 1e-3 and line["grad_norm"] > 1e-3 for line in lines)
+    assert all(line["loss"] > 1e-4 and line["grad_norm"] > 1e-3 for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["jsd", "tinker"])
@@ -241,7 +241,7 @@ def test_rows_over_the_cap_and_empty_completions_are_counted_apart(tmp_path, mon
 
     monkeypatch.setattr(opsd, "prepare", without_row_two)
     monkeypatch.setattr(opsd, "sample", without_row_five_and_six)
-    (line,) = run_opsd(tmp_path, total_steps=1, global_batch=8, sample_temperature=0)
+    (line,) = run_opsd(tmp_path, total_steps=1, global_batch=8)
     assert (line["over_cap"], line["empty_completions"]) == (1 / 8, 2 / 8)
 
 
