@@ -250,6 +250,40 @@ def test_the_last_n_stay_and_the_best_besides(tmp_path):
     assert os.readlink(folder / "best") == "0000004"
 
 
+def test_the_best_has_a_folder_of_its_own_where_none_was_due(tmp_path):
+    """It has no state, does not count for --keep_last, and goes when another one is the best."""
+    _, writer = saved(tmp_path, (2,), keep_last=1)
+    folder, model = tmp_path / "checkpoints", load_pretrained(workspace() / "base")
+    writer.save_best(3, model, model)
+    assert names(folder) == ["0000002", "best", "best-0000003", "latest"]
+    assert os.readlink(folder / "best") == "best-0000003"
+    assert os.readlink(folder / "latest") == "0000002"
+    assert json.loads((folder / "best" / "run.json").read_text())["step"] == 3
+    load_pretrained(folder / "best", weights="ema")
+    writer.save(4, model)
+    assert names(folder) == ["0000004", "best", "best-0000003", "latest"]
+    writer.save_best(4, model)  # that one is there
+    assert names(folder) == ["0000004", "best", "latest"]
+    assert os.readlink(folder / "best") == "0000004"
+    assert writer.holds(4) and not writer.holds(3)
+    writer.save_best(5, model)
+    writer.save_best(6, model)
+    assert names(folder) == ["0000004", "best", "best-0000006", "latest"]
+
+
+def test_a_best_of_another_run_is_not_taken_over(tmp_path):
+    _, writer = saved(tmp_path, (1,))
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder)
+    writer.save_best(3, load_pretrained(workspace() / "base"))
+    with pytest.raises(UsageError, match=r"holds 1 .*\(best-0000003\).*--resume auto"):
+        claim_folders(opsd_config(tmp_path), WORLD)
+    claim_folders(opsd_config(tmp_path, resume="auto"), WORLD)  # the same run, started again
+    assert names(folder) == ["best", "best-0000003"]
+    claim_folders(opsd_config(tmp_path, overwrite=True), WORLD)
+    assert names(folder) == []
+
+
 def test_what_is_not_ours_or_still_needed_is_not_removed(tmp_path):
     folder = tmp_path / "checkpoints"
     (folder / "0000002").mkdir(parents=True)  # foreign: no run.json

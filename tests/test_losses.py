@@ -17,7 +17,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 import train.losses
-from train.divergence import aligned_logprobs, clipped_rows
+from train.divergence import (
+    aligned_logprobs,
+    clipped_rows,
+    full_logprobs,
+    topk_from_logits,
+)
 from train.losses import (
     JSDConfig,
     TeacherTopK,
@@ -29,6 +34,7 @@ from train.losses import (
     divergence_from_logprobs,
     generalized_jsd,
     jsd_rows,
+    kept_kl,
     policy_rows,
     teacher_topk,
     token_kl,
@@ -479,6 +485,30 @@ def test_chunked_policy_loss_has_the_policy_gradient(head, hidden):
     (expected,) = torch.autograd.grad(-(advantage * student).mean(), rows)
     torch.testing.assert_close(grad, expected)
     assert grad[1].abs().max() == 0
+
+
+def test_kept_kl_by_hand():
+    """Teacher (.5, .25, .125, .125) with the first two kept, the others as one entry of .25."""
+    teacher = TeacherTopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).double().log())
+    student = torch.tensor([[0.25, 0.25, 0.3, 0.2]]).double().log()
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.25 / 0.5)
+    assert kept_kl(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kept_kl_is_the_kl_where_all_is_kept_and_less_elsewhere(temperature):
+    student, teacher = logits(9, 31, 20), logits(9, 31, 21)
+    logp = full_logprobs(student, temperature)
+    exact = token_kl(teacher / temperature, student / temperature)
+    for k in (0, 31, 12, 3, 1):
+        config = JSDConfig(0.5, k, temperature=temperature)
+        found = kept_kl(logp, topk_from_logits(teacher, config))
+        if k in (0, 31):
+            torch.testing.assert_close(found, exact)
+        else:
+            assert (found < exact).all() and (found >= 0).all()
+    same = topk_from_logits(student, JSDConfig(0.5, 3, temperature=temperature))
+    torch.testing.assert_close(kept_kl(logp, same), 0 * exact, atol=1e-6, rtol=0)
 
 
 def test_chunked_token_kl_equals_the_dense_one(head, hidden):

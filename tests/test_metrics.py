@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.training import WORLD, sft_config
+from train import metrics
 from train.metrics import MetricLogger
 from train.session import open_metrics
 
@@ -131,6 +134,83 @@ def test_wandb_is_told_the_whole_configuration(monkeypatch, tmp_path):
     open_metrics(config, WORLD).close()
     assert told == [("opsd", dataclasses.asdict(config))]
     assert told[0][1]["optim"]["lr"] == 0.25
+
+
+def test_speed_counts_the_time_from_the_request_for_rows_to_the_report(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    def loader():
+        for _ in range(4):
+            now[0] += 1.0  # waiting for rows counts
+            yield "rows"
+
+    lines = []
+    with MetricLogger(None, total_steps=4, log_every=2, progress=False) as logger:
+        for step, _ in enumerate(logger.timed(loader()), 1):
+            now[0] += 2.0
+            logger.count_tokens(30 if step <= 2 else 60)
+            lines.append(logger.log(step))
+            now[0] += 50.0  # validation and checkpoints
+    assert [line and line["tokens_per_second"] for line in lines] == [None, 10.0, None, 20.0]
+
+
+def test_speed_has_the_tokens_of_all_ranks_and_the_clock_of_one():
+    other = {"tokens_per_second": (300.0, 0.0), "peak_memory_mib": (7e6, 1)}
+    both = []
+    logger = MetricLogger(
+        None,
+        total_steps=1,
+        progress=False,
+        device=torch.device("cpu"),
+        gather=lambda mine: both.append(mine) or [mine, other],
+    )
+    for _ in logger.timed([None]):
+        logger.count_tokens(100)
+        line = logger.log(1)
+    seconds = both[0]["tokens_per_second"][1]
+    assert seconds > 0
+    assert line["tokens_per_second"] == pytest.approx(400 / seconds)
+    assert line["peak_memory_mib"] == 7e6  # the largest, no mean
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_peak_memory_is_that_of_the_process_in_mib():
+    block = torch.ones(2**28, dtype=torch.uint8)  # 256 MiB
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    assert block.nbytes / 2**20 < resident <= metrics.peak_memory(torch.device("cpu")) + 1 < 1e5
+
+
+def test_a_validation_is_a_line_of_its_own_and_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricLogger(path, total_steps=2, log_every=2, progress=False) as logger:
+        logger.observe(loss=1.0)
+        logger.validated(1, {"accuracy": 0.5, "gap_closed": None})
+        logger.observe(loss=2.0)
+        logger.log(2)
+        logger.validated(2, {"accuracy": 1.0})
+        MetricLogger(None, total_steps=2, rank=1, progress=False).validated(1, {"x": 1.0})
+    written = [
+        {"step": 1, "val/accuracy": 0.5, "val/gap_closed": None},
+        {"step": 2, "loss": 1.5},
+        {"step": 2, "val/accuracy": 1.0},
+    ]
+    assert lines(path) == written
+    MetricLogger(path, total_steps=2, start_step=2, progress=False).close()
+    assert lines(path) == written[:2]
+    MetricLogger(path, total_steps=2, start_step=1, progress=False).close()
+    assert lines(path) == []
+
+
+def test_a_line_is_said_above_the_bar(capsys):
+    with MetricLogger(None, total_steps=4) as logger:
+        logger.log(1)
+        metrics.say("half of it")
+        logger.log(2)
+    shown = capsys.readouterr()
+    assert shown.out == "half of it\n"
+    assert "2/4" in shown.err
 
 
 def test_reports_says_when_log_does():

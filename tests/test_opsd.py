@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import nn
 
+from data.miniworld.world import TASKS
 from modeling.bagel import text_logits
 from modeling.generation import Rollout, Round, SamplingParams
 from modeling.pretrained import is_generation_key, load_pretrained
@@ -16,6 +17,7 @@ from modeling.sequence import pack
 from tests.data_helpers import cell, png, record, write_source
 from tests.training import (
     WORLD,
+    all_lines,
     base_processor,
     draws,
     largest_difference,
@@ -368,14 +370,19 @@ def test_command_line_run_leaves_metrics_config_and_checkpoints(tmp_path, monkey
     argv = opsd_argv(tmp_path, **flags)
     monkeypatch.setattr(sys, "argv", ["opsd.py", *argv])
     opsd.main()
-    lines = metric_lines(tmp_path)
-    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 5]
     names = {
         *("step", "loss", "lr", "grad_norm", "jsd", "student_entropy", "student_mass_outside"),
         *("clipped_share", "over_cap", "empty_completions", "completion_length", "ended_by_budget"),
         *("image_skips", "shrunk_images", "skipped_records", "skipped_vts", "teacher_drift"),
+        *("k_gen", "tokens_per_second", "peak_memory_mib"),
     }
+    lines = all_lines(tmp_path)
     assert all(names <= line.keys() for line in lines)
+    assert {name for line in lines for name in line if "/" in name} <= {f"k_gen/{t}" for t in TASKS}
+    assert all(
+        line[name] > 0 for line in lines for name in ("tokens_per_second", "peak_memory_mib")
+    )
     assert all(math.isfinite(line[name]) for line in lines for name in names)
     # the rate used by the update that completed the step
     assert lines[0]["lr"] == pytest.approx(4e-4)

@@ -306,21 +306,24 @@ def test_a_changed_file_is_found_when_it_is_read(whole, tmp_path):
 # AdamW steps that do not magnify rounding
 LINEAR = {"eps": 0.1, "lr": 0.02, "min_lr": 0.0, "micro_batch": 1}
 SPREAD = {**FLAGS, **TEACHER["opsd"], **LINEAR}
-JOBS = {  # processes -> runs of them: name, num_shard, run and update to resume from
-    2: [("two", 2, None), ("two again", 2, "two"), ("one, two", 1, "one")],
-    4: [("two, four", 2, "two")],
-}
+JOBS = (  # processes, and their runs: name, num_shard, run and update to resume from
+    (2, [("two", 2, None, 0), ("two again", 2, "two", 3), ("one, two", 1, "one", 3)]),
+    (4, [("two, four", 2, "two", 3)]),
+    (2, [("two, four, two", 1, "two, four", 4)]),
+)
+RESHARDED = {"one, two": 3, "two, one": 3, "two, four": 3, "two, four, two": 4, "one, two, one": 4}
 
 
-def work(rank: int, size: int, ports: list[int], space: str, folder: str) -> None:
+def work(rank: int, turn: int, ports: list[int], space: str, folder: str) -> None:
+    size, jobs = JOBS[turn]
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    for port, (name, num_shard, start) in zip(ports, JOBS[size], strict=True):
+    for port, (name, num_shard, start, step) in zip(ports, jobs, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         flags = {"model_path": f"{space}/base", "data_root": f"{space}/datasets"}
         if start:
-            flags["resume"] = folder_of(Path(folder) / start, 3)
+            flags["resume"] = folder_of(Path(folder) / start, step)
         config = opsd_config(Path(folder) / name, **SPREAD, **flags, num_shard=num_shard)
         with distributed(config.model, num_shard, config.run.global_batch) as world:
             opsd.train(config, world)
@@ -333,8 +336,8 @@ def spread(tmp_path_factory):
     run_opsd(folder / "one", **SPREAD)
     # one process imports torch, the others are forked from it
     mp.get_context("forkserver").set_forkserver_preload([__name__])
-    for size, jobs in JOBS.items():
-        arguments = (size, free_ports(len(jobs)), str(workspace()), str(folder))
+    for turn, (size, jobs) in enumerate(JOBS):
+        arguments = (turn, free_ports(len(jobs)), str(workspace()), str(folder))
         processes = mp.start_processes(
             work, arguments, nprocs=size, join=False, start_method="forkserver"
         )
@@ -344,7 +347,8 @@ def spread(tmp_path_factory):
                 for process in processes.processes:
                     process.kill()
                 pytest.fail(f"{size} processes were still waiting after {PATIENCE} s")
-    run_opsd(folder / "two, one", **SPREAD, resume=folder_of(folder / "two", 3))
+    for name, step in (("two", 3), ("one, two", 4)):
+        run_opsd(folder / f"{name}, one", **SPREAD, resume=folder_of(folder / name, step))
     return folder
 
 
@@ -357,11 +361,12 @@ def test_two_processes_resume_bit_for_bit(spread):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["one, two", "two, one", "two, four"])
+@pytest.mark.parametrize("name", RESHARDED)
 def test_resharding_goes_on_with_the_same_run(spread, name):
-    one = [line for line in metric_lines(spread / "one") if line["step"] > 3]
+    """One, two and four processes, FSDP and DDP, in the order of the name."""
+    one = [line for line in metric_lines(spread / "one") if line["step"] > RESHARDED[name]]
     lines = metric_lines(spread / name)
-    assert [line["step"] for line in lines] == [4, 5]
+    assert [line["step"] for line in lines] == list(range(RESHARDED[name] + 1, STEPS + 1))
     for expected, line in zip(one, lines, strict=True):  # the first spans both numbers of processes
         assert line.keys() == expected.keys()
         for key, value in expected.items():

@@ -275,3 +275,22 @@ def test_noise_is_keyed_by_seed_step_and_row(processor, rows):
         assert not torch.equal(first[0], changed[0])
     alone = prepare(two[1:], processor, SAMPLING, 0, 5, True)[0].teacher[-2].patches
     assert torch.equal(alone, first[1])
+
+
+# ---- means by task ----------------------------------------------------------------------------
+
+
+def trajectory(task, *lengths):
+    rounds = tuple(Round(tuple(range(n)), "eos", (0.0,) * (n + 1)) for n in lengths)
+    return Trajectory(rollout.Prompt(0, [], [], 9, task=task), Rollout(rounds))
+
+
+def test_means_are_per_trajectory_first_and_by_task():
+    micro = [trajectory("a", 1), trajectory("b", 2), trajectory("a", 1, 0)]
+    rows = torch.tensor([1.0, 3.0, 6.0, 6.0, 9.0, 4.0, 5.0, 0.0])  # a round has a row for its end
+    found = rollout.means_by_task("k", rows, micro)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "k": [2.0, 7.0, 3.0],
+        "k/a": [2.0, 3.0],
+        "k/b": [7.0],
+    }

@@ -14,15 +14,19 @@ from eval import run as eval_run
 from tests.training import (
     CONFIGS,
     PROBES,
+    WORLD,
     all_lines,
     largest_difference,
     metric_lines,
     opsd_argv,
+    opsd_config,
     run_opsd,
     weights_of,
     workspace,
 )
+from train import opsd
 from train.config import parse_opsd
+from train.optim import NonFiniteError
 from train.records import read_records
 from train.validation import OVERALL, Outcome, Validation, summarise
 
@@ -122,56 +126,118 @@ def test_results_are_also_lines_of_the_metrics(run):
                     assert line[f"val/{name}{end}"] == record["values"][name]
 
 
-def test_a_resumed_run_has_the_records_of_the_uninterrupted_one(run, tmp_path):
+FRESH = ("id", "created", "command", "info", "config_hash", "hardware", "commit", "system")
+
+
+def measured(run: Path) -> list[dict]:
+    """The records without what depends on the launch."""
+    return [{k: v for k, v in record.items() if k not in FRESH} for record in records_of(run)]
+
+
+def killed(run: Path, after: int) -> None:
+    """Leave what a run has written when it is killed after that update, before it validates."""
+    folder = run / "checkpoints"
+    for path in folder.glob("*0*"):
+        if int(path.name.removeprefix("best-")) > after:
+            shutil.rmtree(path)
+    for link in ("latest", "best"):
+        (folder / link).unlink()
+    kept = [r for r in records_of(run) if r["step"] < after]
+    (run / "results" / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_run_has_the_records_of_the_uninterrupted_one(run, tmp_path, after):
     flags = {**FLAGS, **VALIDATED, "save_every": 1}
     run_opsd(tmp_path, **flags)
+    first = records_of(tmp_path)[:5]
+    killed(tmp_path, after)
+    lines = run_opsd(tmp_path, **flags, resume="latest")
+    assert measured(tmp_path) == measured(run)
+    assert records_of(tmp_path)[:5] == first  # what was measured then is not measured again
+    assert lines == metric_lines(run)
+    steps = [line["step"] for line in all_lines(tmp_path)]
+    assert steps == [1, 2, 2, 3, 3]
+    assert best_of(tmp_path).removeprefix("best-") == best_of(run).removeprefix("best-")
+
+
+@pytest.mark.parametrize("saved", [4, 2])
+def test_a_run_that_was_killed_after_its_best_goes_on(tmp_path, saved):
+    """Killed at update 3; the best, at 1, and the one at 3 were not due."""
+    flags = {**FLAGS, **VALIDATED, "total_steps": 4, "validate_every": 1, "save_every": saved}
+    run_opsd(tmp_path / "whole", **flags)
+    run_opsd(tmp_path / "part", **flags)
+    for name in ("0000004", "best-0000004"):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / name, ignore_errors=True)
+    run_opsd(tmp_path / "part", **flags, resume="auto")
+    assert measured(tmp_path / "part") == measured(tmp_path / "whole")
+    assert best_of(tmp_path / "part") == best_of(tmp_path / "whole")
+    ends = [weights_of(tmp_path / name, 4) for name in ("whole", "part")]
+    assert largest_difference(*ends) == 0
+
+
+def test_the_best_so_far_outlives_another_results_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(Validation, "_outcomes", canned)
+    flags = {"total_steps": 5, "save_every": 1, "validate_every": 1, "validation_samples": 1}
+    run_opsd(tmp_path, **flags)
+    shutil.rmtree(tmp_path / "checkpoints" / "0000005")
+    elsewhere = {"results_dir": tmp_path / "elsewhere", "resume": "latest"}
+    opsd.train(opsd_config(tmp_path, **flags, **elsewhere), WORLD)
+    assert best_of(tmp_path) == "0000003"
+    found = read_records(tmp_path / "elsewhere" / "validation.jsonl")
+    assert [r["values"] for r in found] == [r["values"] for r in records_of(tmp_path)]
+
+
+def test_other_rows_begin_anew(run, tmp_path, capsys):
+    """Also where there was no validation: a resumed run may switch it on, with any size."""
+    flags = {**FLAGS, "model_path": BASE, "save_every": 1}
+    run_opsd(tmp_path, **flags)
+    shutil.rmtree(tmp_path / "checkpoints" / "0000003")
+    on = {**flags, **VALIDATED, "total_steps": 3, "resume": "latest"}
+    run_opsd(tmp_path, **on)
+    assert [r["values"] for r in records_of(tmp_path)] == [r["values"] for r in records_of(run)]
     shutil.rmtree(tmp_path / "checkpoints" / "0000003")
     (tmp_path / "checkpoints" / "best").unlink()
-    run_opsd(tmp_path, **flags, resume="latest")
-    fresh = ("id", "created", "command", "info", "config_hash", "hardware", "commit")
-    bare = [
-        [{k: v for k, v in record.items() if k not in fresh} for record in records_of(folder)]
-        for folder in (run, tmp_path)
+    capsys.readouterr()
+    run_opsd(tmp_path, **{**on, "validation_samples": 1})
+    assert (
+        "the validations of the run that is resumed were on other rows" in capsys.readouterr().out
+    )
+    assert [r["step"] for r in records_of(tmp_path)] == [
+        step for step in (0, 2, 3) for _ in range(5)
     ]
-    assert bare[0] == bare[1]
-    assert best_of(tmp_path) == best_of(run)
-
-
-def test_what_was_measured_after_the_resumed_update_is_measured_again(run, tmp_path):
-    """Also where the base was not: validation may be switched on by a resumed run."""
-    unvalidated = {**FLAGS, **VALIDATED, "validate_every": 0, "save_every": 1}
-    run_opsd(tmp_path, **unvalidated)
-    shutil.rmtree(tmp_path / "checkpoints" / "0000003")
-    run_opsd(tmp_path, **FLAGS, **VALIDATED, resume="latest")
-    values = [r["values"] for r in records_of(tmp_path)]
-    whole = [r["values"] for r in records_of(run) if r["step"] != 2]
-    assert values == whole
+    assert {r["values"]["n"] for r in records_of(tmp_path)} == {1, 4}
 
 
 CANNED = {1: (0.5, 0.3), 2: (0.7, 0.2), 3: (0.7, 0.1), 4: (0.7, 0.1), 5: (0.6, 0.0)}
 
 
+def canned(validation):
+    """Outcomes by the number of validations so far."""
+    accuracy, k_gen = CANNED.get(len(validation.scores), (0.0, 1.0))
+    yield outcome(0, "a", accuracy, k_gen)
+
+
 def test_the_best_is_kept(tmp_path, monkeypatch):
     """Highest accuracy, then lowest K_gen, then the earlier one."""
-    monkeypatch.setattr(
-        Validation,
-        "measure",
-        lambda self, step: {
-            OVERALL: dict(zip(("accuracy", "k_gen"), CANNED.get(step, (0, 1)), strict=True))
-            | {"gap_closed": 0.0}
-        },
-    )
-    flags = {"total_steps": 5, "save_every": 5, "keep_last": 1}
+    monkeypatch.setattr(Validation, "_outcomes", canned)
+    flags = {"total_steps": 5, "save_every": 2, "keep_last": 1}
     run_opsd(tmp_path, **flags, validate_every=1, validation_samples=1)
-    assert best_of(tmp_path) == "0000003"
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["0000003", "0000005", "best", "latest"]
-    assert os.readlink(tmp_path / "checkpoints" / "latest") == "0000005"
-    best = tmp_path / "checkpoints" / "best"
-    assert json.loads((best / "run.json").read_text())["step"] == 3
-    assert largest_difference(weights_of(best), weights_of(tmp_path, 5)) > 0
-    assert not (best / "state").exists()  # it was not due
-    assert (tmp_path / "checkpoints" / "latest" / "state").is_dir()
+    assert best_of(tmp_path) == "best-0000003"
+    folder = tmp_path / "checkpoints"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["0000005", "best", "best-0000003", "latest"]
+    assert json.loads((folder / "best" / "run.json").read_text())["step"] == 3
+    assert largest_difference(weights_of(folder / "best"), weights_of(tmp_path, 5)) > 0
+    assert not (folder / "best" / "state").exists()
+    assert (folder / "latest" / "state").is_dir()
+
+
+def test_a_k_gen_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(CANNED, 1, (0.5, float("nan")))
+    monkeypatch.setattr(Validation, "_outcomes", canned)
+    with pytest.raises(NonFiniteError, match="step 1: k_gen/a=nan"):
+        run_opsd(tmp_path, total_steps=2, validate_every=1, validation_samples=1)
 
 
 def test_records_of_an_earlier_run_do_not_stay(tmp_path):

@@ -2,7 +2,8 @@
 
 A folder named N holds the weights after N optimizer updates. It opens as the student; its EMA
 teacher, if the run has one, is `ema.safetensors`. `latest` links to the newest folder, `best` to
-one that must not be removed. `state/` is what a run needs to go on from there (train/state.py).
+the best: one of these, or `best-N` where none was due after N updates. `state/` is what a run needs
+to go on from there (train/state.py).
 """
 
 import dataclasses
@@ -20,11 +21,11 @@ from data.processor import Processor
 from modeling.config import BagelConfig
 from modeling.pretrained import WeightFiles, save_pretrained
 from train.config import DTYPES, SftConfig, UsageError
-from train.folders import NUMBERED, Start, find_resumable, fsync, point
+from train.folders import BEST, NUMBERED, Start, find_resumable, fsync, point
 from train.metrics import MetricLogger
 from train.parallel import World, full_state
 from train.records import config_hash, run_info, write_atomic
-from train.state import STATE, load_state, save_state
+from train.state import STATE, Progress, load_state, save_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,72 @@ class CheckpointWriter:
         ema: nn.Module | None = None,
         optimizer: AdamW | None = None,
         metrics: MetricLogger | None = None,
+        validation: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the folder of `step` aside, flush it, then give it its name. Collective.
+        """Publish the folder of `step`, and point `latest` at it. Collective.
 
         With `optimizer` it can be resumed, unless --save_state False; `metrics` then are the ones
-        whose means go on. Of the folders before it, --keep_last stay.
+        whose means go on, `validation` what was validated so far. Of the folders before it,
+        --keep_last stay.
         """
-        root = Path(self.config.run.checkpoint_dir)
-        final, aside = root / f"{step:07d}", root / f".{step:07d}.partial"
+        final = self._root / f"{step:07d}"
+        aside = self._write_aside(final, student, ema)
+        if optimizer is not None and self.config.run.save_state:
+            modules, identity = _modules(student, ema), dict(self.identity)
+            so_far = Progress(metrics.pending() if metrics else {}, dict(validation or {}))
+            save_state(aside / STATE, step, identity, modules, optimizer, so_far, self.world)
+        self._publish(aside, final, step)
+        if self.world.is_main:
+            point(self._root / "latest", final.name)
+            self._keep_last(self._root)
+        self.world.barrier()
+        return final
+
+    def save_best(self, step: int, student: nn.Module, ema: nn.Module | None = None) -> None:
+        """Point `best` at the folder of `step`, or at one without state if it has none. Collective.
+
+        What was the best before goes, unless it was saved for its own sake.
+        """
+        if not self._holds(step):
+            final = self._root / f"best-{step:07d}"
+            self._publish(self._write_aside(final, student, ema), final, step)
+        self.mark_best(step)
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` at the folder of `step`, which --keep_last then spares. Collective.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
+        folder = self._holds(step)
+        if folder is None:
+            raise ValueError(
+                f"no checkpoint {step:07d} in {self._root} to mark as the best: save it first"
+            )
+        self.world.barrier()  # every rank has looked
+        if self.world.is_main:
+            point(self._root / "best", folder.name)
+            for entry in self._root.iterdir():
+                if BEST.fullmatch(entry.name) and entry.name != folder.name:
+                    _remove(entry)
+        self.world.barrier()
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.config.run.checkpoint_dir)
+
+    def _holds(self, step: int) -> Path | None:
+        """The folder with the weights after `step` updates."""
+        candidates = (self._root / f"{step:07d}", self._root / f"best-{step:07d}")
+        return next((folder for folder in candidates if folder.is_dir()), None)
+
+    def holds(self, step: int) -> bool:
+        """Whether the weights after `step` updates are there."""
+        return self._holds(step) is not None
+
+    def _write_aside(self, final: Path, student: nn.Module, ema: nn.Module | None) -> Path:
+        """All that it takes to use what will be `final`. Collective."""
+        aside = final.with_name(f".{final.name}.partial")
         if self.world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -85,30 +144,23 @@ class CheckpointWriter:
                 # The main rank writes for long. The others wait for it here: the sharding groups,
                 # where they would meet next, have torch's short timeout.
                 self.world.barrier()
-        if optimizer is not None and self.config.run.save_state:
-            pending = metrics.pending() if metrics else {}
-            modules, identity = _modules(student, ema), dict(self.identity)
-            save_state(aside / STATE, step, identity, modules, optimizer, pending, self.world)
+        return aside
+
+    def _publish(self, aside: Path, final: Path, step: int) -> None:
+        """Give the folder its name; readers never see half of it. Collective."""
         if self.world.is_main:
             write_atomic(aside / "run.json", json.dumps(self._origin(step), indent=2) + "\n")
-            _publish(aside, final)
-            self._keep_last(root)
-        self.world.barrier()
-        return final
-
-    def mark_best(self, step: int) -> None:
-        """Point `best` at the folder of `step`, which --keep_last then spares. Collective.
-
-        Raises:
-            ValueError: there is no such folder.
-        """
-        root = Path(self.config.run.checkpoint_dir)
-        if not (root / f"{step:07d}").is_dir():
-            raise ValueError(
-                f"no checkpoint {step:07d} in {root} to mark as the best: save it first"
-            )
-        if self.world.is_main:
-            point(root / "best", f"{step:07d}")
+            for file in aside.rglob("*"):
+                fsync(file)
+            fsync(aside)
+            if final.exists():  # the same step of an earlier run in this folder
+                old = final.with_name(f".{final.name}.replaced")
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(final, old)
+                os.rename(aside, final)
+                shutil.rmtree(old)
+            else:
+                os.rename(aside, final)
         self.world.barrier()
 
     def _keep_last(self, root: Path) -> None:
@@ -125,9 +177,7 @@ class CheckpointWriter:
         ]
         for entry in sorted(ours, key=lambda entry: int(entry.name))[:-keep]:
             if entry.resolve() not in spared and not entry.is_symlink():
-                hidden = root / f".{entry.name}.removed"
-                os.rename(entry, hidden)  # nobody opens half of it
-                shutil.rmtree(hidden)
+                _remove(entry)
 
     def _weights(self, folder: Path, name: str, module: nn.Module) -> None:
         state = full_state(module, self.world)
@@ -157,20 +207,10 @@ def updates_in(folder: Path) -> int:
     return json.loads((folder / "run.json").read_text())["step"]
 
 
-def _publish(aside: Path, final: Path) -> None:
-    """Make `aside` visible as `final` and point `latest` at it; readers never see half a folder."""
-    for file in aside.rglob("*"):
-        fsync(file)
-    fsync(aside)
-    if final.exists():  # the same step of an earlier run in this folder
-        old = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-        os.rename(aside, final)
-        shutil.rmtree(old)
-    else:
-        os.rename(aside, final)
-    point(final.with_name("latest"), final.name)
+def _remove(folder: Path) -> None:
+    hidden = folder.with_name(f".{folder.name}.removed")
+    os.rename(folder, hidden)  # nobody opens half of it
+    shutil.rmtree(hidden)
 
 
 def _modules(student: nn.Module, ema: nn.Module | None) -> dict[str, nn.Module]:

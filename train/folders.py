@@ -1,7 +1,8 @@
 """The folder that takes the checkpoints of a run: what lies in it, and what a run may do there.
 
-Folders whose name is a number of seven or more digits are checkpoints, and only whole ones have
-that name. Hidden ones are being written, replaced or removed.
+Folders whose name is a number of seven or more digits are checkpoints; `best-` and such a number is
+the best one so far where it was not to be saved anyway. Only whole ones have these names. Hidden
+ones are being written, replaced or removed.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from train.parallel import World
 from train.state import STATE, read_trainer
 
 NUMBERED = re.compile(r"\d{7,}")
-LEFT_OVER = re.compile(r"\.(?P<step>\d{7,})\.(?P<kind>partial|replaced|removed)")
+BEST = re.compile(r"best-\d{7,}")
+LEFT_OVER = re.compile(r"\.(?P<name>(best-)?\d{7,})\.(?P<kind>partial|replaced|removed)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +52,21 @@ def claim_folders(config: SftConfig, world: World) -> SftConfig:
     for flag, folder in (("results_dir", run.results_dir), ("checkpoint_dir", run.checkpoint_dir)):
         _check_writable(flag, Path(folder))
     entries = sorted(root.iterdir()) if root.is_dir() else []
-    earlier = [e for e in entries if NUMBERED.fullmatch(e.name) and e.is_dir()]
+    named = (e for e in entries if NUMBERED.fullmatch(e.name) or BEST.fullmatch(e.name))
+    earlier = [e for e in named if e.is_dir()]
     start, ignored = find_resumable(config)
     source = start.folder
     if source and source.parent == root.resolve():
-        later = (e for e in earlier if int(e.name) > start.step)
+        later = (e for e in earlier if updates_of(e) > start.step)
         earlier = [e for e in later if (e / "run.json").is_file()]
-    if earlier and not run.overwrite:
-        raise UsageError(_refusal(root, earlier, source))
+        goes_on = True
+    else:
+        goes_on = source is None and run.resume == "auto"  # it was killed before its first save
+    if not run.overwrite:
+        # a run that goes on finds its best again
+        earlier = [e for e in earlier if not (goes_on and BEST.fullmatch(e.name))]
+        if earlier:
+            raise UsageError(_refusal(root, earlier, source))
     for flag, path in (("model_path", config.model.model_path), ("resume", source)):
         needed = path and Path(path).resolve()
         if needed and any(entry.resolve() in (needed, *needed.parents) for entry in earlier):
@@ -72,6 +81,11 @@ def claim_folders(config: SftConfig, world: World) -> SftConfig:
         _remove(root, entries, earlier, source)
     resume = str(source) if source else None
     return dataclasses.replace(config, run=dataclasses.replace(run, resume=resume))
+
+
+def updates_of(folder: Path) -> int:
+    """The number in the name of a checkpoint folder."""
+    return int(folder.name.removeprefix("best-"))
 
 
 def find_resumable(config: SftConfig) -> tuple[Start, list[str]]:
@@ -130,9 +144,10 @@ def _refusal(root: Path, earlier: list[Path], source: Path | None) -> str:
             f"{source.name} is --resume): resume from the last one (--resume latest), or remove "
             "them with --overwrite True"
         )
+    again = "latest" if NUMBERED.fullmatch(earlier[0].name) else "auto"  # before its first save
     return (
         f"{found} of an earlier run ({earlier[-1].name}): choose another folder (OUTPUT_NAME of "
-        "the launchers), go on with that run (--resume latest), or remove them with "
+        f"the launchers), go on with that run (--resume {again}), or remove them with "
         "--overwrite True"
     )
 
@@ -151,7 +166,7 @@ def _remove(root: Path, entries: list[Path], earlier: list[Path], source: Path |
         entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
     for entry in entries:
         if (match := LEFT_OVER.fullmatch(entry.name)) and (
-            match["kind"] != "replaced" or (root / match["step"]).exists()
+            match["kind"] != "replaced" or (root / match["name"]).exists()
         ):  # a replaced folder without its replacement is the only one of that update
             print(f"ignored {entry}: half-written or half-removed, gone now", flush=True)
             shutil.rmtree(entry)

@@ -26,6 +26,7 @@ Pairs = dict[str, tuple[float, float]]  # name -> sum, count
 ON_THE_BAR = ("loss", "completion_length", "lr")  # the rest is in the file
 SPEED = "tokens_per_second"
 PEAK = "peak_memory_mib"
+VALIDATION = "val/"  # begins the names of what comes after an update, and after its checkpoint
 OF_THE_MACHINE = (SPEED, PEAK)  # no two runs have these alike
 T = TypeVar("T")
 
@@ -33,8 +34,8 @@ T = TypeVar("T")
 class MetricLogger:
     """Collects metrics on every rank; rank 0 writes them.
 
-    path: jsonl file, appended to; lines after `start_step` are dropped first, so that a resumed
-        run does not repeat steps. None writes no file.
+    path: jsonl file, appended to; lines after the checkpoint of `start_step` are dropped first, so
+        that a resumed run does not repeat any. None writes no file.
     log_every: `log` reports at steps divisible by it, and at `total_steps`.
     gather: rank-local object -> list of all ranks' objects; torch.distributed when initialised.
     device: whose peak memory is reported; None leaves it out.
@@ -139,10 +140,10 @@ class MetricLogger:
             self._write(line)
         return line
 
-    def note(self, step: int, **values: float | None) -> None:
+    def validated(self, step: int, values: dict[str, float | None]) -> None:
         """Write a line of its own, at once, with values that all ranks have alike."""
         if self.rank == 0:
-            self._write({"step": step, **values})
+            self._write({"step": step} | {VALIDATION + name: v for name, v in values.items()})
 
     def close(self) -> None:
         """Finish the progress bar and close the files."""
@@ -259,15 +260,21 @@ def _means(ranks: list[Pairs]) -> dict[str, float]:
 
 
 def _open_from(path: Path, start_step: int):
-    """Open the jsonl file for appending, without lines after `start_step` or a torn last line."""
+    """Open the jsonl file for appending, with whole lines up to the checkpoint of `start_step`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # a killed run may tear the last
-        kept = [line for line in whole if json.loads(line)["step"] <= start_step]
+        kept = [line for line in whole if not _comes_after(json.loads(line), start_step)]
         if len(kept) != len(lines):
             write_atomic(path, "".join(kept))
     return path.open("a", encoding="utf-8")
+
+
+def _comes_after(row: dict[str, float | None], step: int) -> bool:
+    """Whether a line was written after the checkpoint of `step`."""
+    validated = any(name.startswith(VALIDATION) for name in row)
+    return row["step"] > step or (row["step"] == step and validated)
 
 
 def _needed(package: str, asked_by: str) -> ModuleType:

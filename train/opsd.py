@@ -70,6 +70,7 @@ def train(config: OpsdConfig, world: World) -> Path:
     last = start.folder
 
     with open_metrics(config, world, start) as metrics, stop_signal(world) as stop:
+        validation.after(start.step, student, ema, metrics)  # if it was stopped before that
         loader = metrics.timed(open_loader(config, mixture, world, start.step))
         for step, rows in enumerate(loader, start.step):
             actor.refresh(student)
@@ -116,15 +117,13 @@ def train(config: OpsdConfig, world: World) -> Path:
             if metrics.reports(done):  # reads all parameters
                 now["teacher_drift"] = drift(teacher, student, world)
             metrics.log(done, **now)
-            best = validation.after(done, student, metrics)
             stopping = stop.agreed()
-            if (due := writer.due(done) or stopping) or best:
-                # what is kept as the best is to be used; resuming is for those that are due
-                last = writer.save(done, student, ema, optimizer if due else None, metrics)
-            if best:
-                writer.mark_best(done)
+            if writer.due(done) or stopping:  # first of all: validation takes its time
+                so_far = validation.progress()
+                last = writer.save(done, student, ema, optimizer, metrics, so_far)
             if stopping:
                 break
+            validation.after(done, student, ema, metrics)
     return last
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def hardware() -> dict[str, Any]:
 def checkpoint_name(path: str | Path) -> str:
     """Name of a checkpoint in records: its folder, with that of the run for numbered ones."""
     folder = Path(path).resolve()
-    return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name
+    numbered = re.fullmatch(r"(best-)?\d+", folder.name)
+    return f"{folder.parent.name}/{folder.name}" if numbered else folder.name
 
 
 def config_hash(config: Any) -> str:

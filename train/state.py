@@ -1,7 +1,8 @@
 """The state of a run: all that moves while it trains, in `state/` of a checkpoint folder.
 
     student/ optimizer/ [ema/]    float32 weights, AdamW moments, EMA teacher
-    trainer.json                  step, identity of the run, metrics not reported yet, file sizes
+    trainer.json                  step, identity of the run, metrics not reported yet, what was
+                                  validated so far, file sizes
 
 Tensors go through torch.distributed.checkpoint: every process writes its share, and any number of
 processes, sharded in any way, reads what it needs. They are stored as safetensors and the rest as
@@ -51,10 +52,19 @@ FREE = frozenset(
     + ["data_root", "num_workers", "device", "attention_backend", "activation_checkpointing"]
     + ["preset", "results_dir", "checkpoint_dir", "overwrite", "resume", "micro_batch"]
     + ["num_shard", "save_every", "save_dtype", "save_state", "keep_last", "log_every"]
-    + ["progress", "tensorboard_dir", "wandb_project", "launch_gates", "validate_every"]
+    + ["progress", "tensorboard_dir", "wandb_project", "launch_gates"]
+    + ["validate_every", "validation_samples"]
 )
 SMALL_FILES = ("llm_config.json", "vit_config.json", "tokenizer.json", "preprocessor_config.json")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weight file
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run has measured, beside its tensors."""
+
+    pending: Pairs  # this rank's metrics since the last report
+    validation: dict[str, Any]  # see `Validation.progress`, the same on all ranks
 
 
 def run_identity(
@@ -101,19 +111,18 @@ def save_state(
     identity: dict[str, Any],
     modules: dict[str, nn.Module],
     optimizer: AdamW,
-    pending: Pairs,
+    progress: Progress,
     world: World,
 ) -> None:
     """Write `folder` (`state/` of a checkpoint that is not published yet). Collective.
 
     modules: "student" and, if the run has one, "ema".
-    pending: this rank's metrics since the last report.
     """
     for name, module in modules.items():
         _write(folder / name, get_model_state_dict(module), world)
     moments, updates = _split(get_optimizer_state_dict(modules["student"], optimizer)["state"])
     _write(folder / "optimizer", moments, world)
-    everyone = gather_from_ranks(pending)
+    everyone = gather_from_ranks(progress.pending)
     world.barrier()  # all files are there
     if world.is_main:
         trainer = {
@@ -122,6 +131,7 @@ def save_state(
             "identity": identity,
             "updates": updates,
             "pending": everyone,
+            "validation": progress.validation,
             "files": _sizes(folder),
         }
         write_atomic(folder / "trainer.json", json.dumps(trainer, indent=1) + "\n")

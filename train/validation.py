@@ -17,6 +17,7 @@ measured at step 0, before any update, is the untrained base.
 
 import copy
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,10 @@ from data.processor import Processor
 from modeling.generation import SamplingParams, generate
 from train.checkpoint import CheckpointWriter
 from train.config import OpsdConfig, UsageError
-from train.folders import FRESH, find_resumable
+from train.folders import FRESH, Start, find_resumable
 from train.kgen import Rows, TokenIds, TokenKL, completion_rows, token_kls
 from train.metrics import MetricLogger, gather_from_ranks, say
+from train.optim import check_finite
 from train.parallel import RolloutCopy
 from train.records import (
     base_record,
@@ -48,6 +50,7 @@ from train.records import (
     run_info,
     write_records,
 )
+from train.state import STATE, read_trainer
 
 SPLIT = "validation"
 FIELDS = Fields(thoughts=False)
@@ -83,7 +86,7 @@ MEASURES = ("accuracy", "unparsed_rate", "budget_rate", "mean_tokens", "k_gen")
 
 
 class Validation:
-    """The probe set of this process, and the best result so far."""
+    """The probe set of this process, and what was measured on it so far."""
 
     def __init__(
         self,
@@ -91,12 +94,13 @@ class Validation:
         actor: RolloutCopy,
         probes: Sequence[Probe],
         head: nn.Linear | None,
+        probe_set: str = "",
     ) -> None:
         self.writer, self.actor, self.probes, self.head = writer, actor, probes, head
         self.config, self.world, self.processor = writer.config, writer.world, writer.processor
-        self.file = Path(self.config.run.results_dir) / FILE
+        self.probe_set = probe_set  # hash of the rows, of all processes
+        self.scores: dict[int, Scores] = {}  # step -> what was measured, in ascending order
         self.records: list[dict[str, Any]] = []  # of rank 0
-        self.base: dict[str, float] = {}  # task -> K_gen at step 0
         self.best: tuple[float, float] | None = None  # accuracy, -K_gen
 
     def due(self, step: int) -> bool:
@@ -104,27 +108,33 @@ class Validation:
         every = self.config.validation.validate_every
         return every > 0 and (step % every == 0 or step == self.config.optim.total_steps)
 
-    def after(self, step: int, student: nn.Module, metrics: MetricLogger) -> bool:
-        """Measure the student if it is due after `step` updates; whether it is the best so far.
+    def after(
+        self, step: int, student: nn.Module, ema: nn.Module | None, metrics: MetricLogger
+    ) -> None:
+        """Measure the student if it is due after `step` updates, and keep it if it is the best.
 
         The best has the highest accuracy, at equal accuracy the lowest K_gen; of equal ones the
         first stays. Collective.
+
+        Raises:
+            NonFiniteError: K_gen is NaN or infinite.
         """
-        if not self.due(step):
-            return False
+        if not self.due(step) or step in self.scores:
+            return
         self.actor.refresh(student)
         scores = self.measure(step)
         key = _key(scores[OVERALL])
         better = self.best is None or key > self.best
-        self.best = key if better else self.best
         shown = {
-            f"val/{name}" + ("" if task == OVERALL else f"/{task}"): values[name]
+            name + ("" if task == OVERALL else f"/{task}"): values[name]
             for name in ("accuracy", "k_gen", "gap_closed")
             for task, values in scores.items()
         }
-        metrics.note(step, **shown)
+        metrics.validated(step, shown)
         self._say(step, scores[OVERALL], " (best so far)" if better else "")
-        return better
+        if better:
+            self.best = key
+            self.writer.save_best(step, student, ema)
 
     def measure(self, step: int) -> Scores:
         """Scores of what is in the rollout copy, the same on all ranks; rank 0 writes records.
@@ -134,42 +144,55 @@ class Validation:
         ranks = gather_from_ranks(list(self._outcomes()))
         outcomes = sorted((o for rank in ranks for o in rank), key=lambda outcome: outcome.index)
         scores = summarise(outcomes)
-        if step == 0:
-            self.base = {task: values["k_gen"] for task, values in scores.items()}
+        check_finite(step, **{f"k_gen/{task}": row["k_gen"] for task, row in scores.items()})
+        base = self.scores.get(0, scores)
         for task, values in scores.items():
-            values["gap_closed"] = _gap_closed(self.base[task], values["k_gen"])
+            values["gap_closed"] = _gap_closed(base[task]["k_gen"], values["k_gen"])
+        self.scores[step] = scores
         if self.world.is_main:
             self.records += self._records(step, scores)
-            write_records(self.file, self.records)
+            write_records(self._file, self.records)
         return scores
 
-    def open_records(self) -> None:
-        """Go on from the records of the run that is resumed; measure the base if it was not.
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run needs, for its state."""
+        return {"probe_set": self.probe_set, "scores": self.scores}
 
-        The rollout copy holds the base. Lines after the resumed update are dropped. Collective.
+    def go_on(self, start: Start) -> None:
+        """Take over what the run had measured; measure the base if that is missing. Collective.
+
+        The rollout copy holds the base. Of the earlier results the best whose checkpoint is there
+        becomes `best` again.
         """
-        start, _ = find_resumable(self.config)
-        if self.world.is_main and start.folder and self.file.is_file():
-            found = read_records(self.file)
-            self.records = [record for record in found if record["step"] <= start.step]
-        records = gather_from_ranks(self.records)[0]  # the file may be on rank 0's machine alone
-        self.base = {r["task"]: r["values"]["k_gen"] for r in records if r["step"] == 0}
-        if not self.base:
-            scores = self.measure(0)
-            self._say(0, scores[OVERALL], "")
-        elif self.world.is_main:
-            write_records(self.file, self.records)
-        self._find_best([r for r in records if r["step"] > 0 and r["task"] == OVERALL])
+        there = read_trainer(start.folder / STATE)["validation"] if start.folder else {}
+        if there.get("probe_set") == self.probe_set:
+            self.scores = {int(step): scores for step, scores in there["scores"].items()}
+        elif there and self.world.is_main:
+            say("the validations of the run that is resumed were on other rows: they begin anew")
+        if self.world.is_main:
+            self._restore_records()
+        if 0 not in self.scores:
+            self._say(0, self.measure(0)[OVERALL], "")
+        keys = {step: _key(scores[OVERALL]) for step, scores in self.scores.items() if step}
+        if keys:
+            step = max(keys, key=keys.__getitem__)  # the first of equal ones
+            self.best = keys[step]
+            if self.writer.holds(step):
+                self.writer.mark_best(step)
 
-    def _find_best(self, records: list[dict[str, Any]]) -> None:
-        """The best of the earlier results whose checkpoint is still there becomes `best` again."""
-        root = Path(self.config.run.checkpoint_dir)
-        present = [r for r in records if (root / f"{r['step']:07d}").is_dir()]
-        present = gather_from_ranks(present)[0]
-        if present:
-            best = max(present, key=lambda record: _key(record["values"]))
-            self.best = _key(best["values"])
-            self.writer.mark_best(best["step"])
+    def _restore_records(self) -> None:
+        """The records of `scores`: those of the file, or new ones where they are not in it."""
+        found = read_records(self._file) if self._file.is_file() else []
+        for step, scores in self.scores.items():
+            rebuilt = self._records(step, scores)
+            values = [record["values"] for record in rebuilt]
+            same = [r for r in found if r["step"] == step and r["values"] in values]
+            self.records += same if len(same) == len(rebuilt) else rebuilt
+        write_records(self._file, self.records)
+
+    @property
+    def _file(self) -> Path:
+        return Path(self.config.run.results_dir) / FILE
 
     @torch.no_grad()
     def _outcomes(self) -> Iterator[Outcome]:
@@ -180,9 +203,10 @@ class Validation:
         for probes in _chunks(self.probes, self.config.run.global_batch // self.world.size):
             contexts = [student_context(p.example, self.processor) for p in probes]
             decoded += generate(model, contexts, tokenizer, params)
-        head = copy.deepcopy(self.head).to(self.world.device)
+        self.head.to(self.world.device)
         for probes in _chunks(self.probes, self.config.run.micro_batch):
-            kls += self._kls(probes, head)
+            kls += self._kls(probes)
+        self.head.cpu()
         for probe, rollout, kl in zip(self.probes, decoded, kls, strict=True):
             answer = extract_answer(tokenizer.decode(rollout.token_ids))
             yield Outcome(
@@ -195,14 +219,14 @@ class Validation:
                 k_gen=sum(kl) / len(kl),
             )
 
-    def _kls(self, probes: Sequence[Probe], head: nn.Linear) -> TokenKL:
-        """KL_t of each completion; `head` is the base's, on the device."""
+    def _kls(self, probes: Sequence[Probe]) -> TokenKL:
+        """KL_t of each completion."""
         device, completions = self.world.device, [p.completion for p in probes]
         contexts = [student_context(p.example, self.processor) for p in probes]
         special = self.processor.tokenizer.special
         student = completion_rows(self.actor.model, contexts, completions, special)
         hidden = torch.cat([p.reference for p in probes]).to(device)
-        return token_kls(Rows(hidden, head), student, completions)
+        return token_kls(Rows(hidden, self.head), student, completions)
 
     def _records(self, step: int, scores: Scores) -> list[dict[str, Any]]:
         folder = Path(self.config.run.checkpoint_dir) / f"{step:07d}"
@@ -215,7 +239,7 @@ class Validation:
             "config_hash": config_hash(self.config),
             "info": run_info(),
         }
-        setting = {"split": SPLIT, "completion": "dataset"}
+        setting = {"split": SPLIT, "completion": "dataset", "probe_set": self.probe_set}
         return [
             base_record(task=task, values=values | setting, **common)
             for task, values in scores.items()
@@ -240,14 +264,16 @@ def open_validation(
         UsageError: a source has fewer rows than are asked for.
         DataError: it has no validation split, or too few usable rows.
     """
+    start, _ = find_resumable(writer.config)
     if writer.config.validation.validate_every == 0:
-        if writer.world.is_main and find_resumable(writer.config)[0] == FRESH:
+        if writer.world.is_main and start == FRESH:
             (Path(writer.config.run.results_dir) / FILE).unlink(missing_ok=True)  # another run's
         return Validation(writer, actor, [], None)
     actor.refresh(student)
     head = copy.deepcopy(actor.model.language_model.lm_head).cpu()
-    validation = Validation(writer, actor, _probes(writer, mixture, actor), head)
-    validation.open_records()
+    probes, probe_set = _probes(writer, mixture, actor)
+    validation = Validation(writer, actor, probes, head, probe_set)
+    validation.go_on(start)
     return validation
 
 
@@ -264,17 +290,23 @@ def summarise(outcomes: Sequence[Outcome]) -> Scores:
 
 
 @torch.no_grad()
-def _probes(writer: CheckpointWriter, mixture: Mixture, actor: RolloutCopy) -> list[Probe]:
-    """This process's rows, every size-th of the set, with the base's hidden states under C_T."""
+def _probes(
+    writer: CheckpointWriter, mixture: Mixture, actor: RolloutCopy
+) -> tuple[list[Probe], str]:
+    """This process's rows, every size-th of the set, with the base's hidden states under C_T; and
+    a hash of the whole set.
+    """
     world, processor = writer.world, writer.processor
-    mine, probes = [], []
+    mine, probes, digest = [], [], hashlib.sha256()
     for index, example in enumerate(_examples(writer.config, mixture, world.is_main)):
+        digest.update(f"{example.key}\n{example.question}\n{example.answer}\n".encode())
         if index % world.size == world.rank:
             mine.append((index, example))
         if len(mine) == writer.config.run.micro_batch:
             probes += _scored(mine, actor, processor)
             mine = []
-    return probes + (_scored(mine, actor, processor) if mine else [])
+    probes += _scored(mine, actor, processor) if mine else []
+    return probes, digest.hexdigest()[:12]
 
 
 def _scored(
