@@ -180,7 +180,7 @@ def test_a_fault_stops_the_run(tmp_path, monkeypatch, fault, dtype):
     message = str(caught.value)
     assert {gate for gate in (REPLAY, GAP) if gate in message} == FAULTS[fault]
     assert "\n" not in message
-    assert re.search(r"row \d", message)
+    assert re.search(r"row \d.* position \d", message)
     assert metric_lines(tmp_path) == []
     assert not (tmp_path / "checkpoints").exists()
     (record,) = read_records(tmp_path / "results" / "gates.jsonl")

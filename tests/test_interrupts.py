@@ -168,9 +168,7 @@ def start(folder: Path, how: str) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     launcher += ["--local_addr", "127.0.0.1", "-m", "tests.interrupted", how, str(rank)]
-    # without the launch gates, whose forwards would be counted as well
-    flags = FLAGS | {"launch_gates": False}
-    argv = opsd_argv(folder, **flags, micro_batch=1, num_shard=num_shard)
+    argv = opsd_argv(folder, **FLAGS, micro_batch=1, num_shard=num_shard)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / "stderr").open("w") as stderr:
         return subprocess.Popen([*launcher, *argv], cwd=ROOT, env=env, stderr=stderr)

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
 from modeling.attention import packed_plan
 from modeling.config import LLMConfig
-from modeling.qwen2_mot import Qwen2MoT, Route
+from modeling.qwen2_mot import MoTDecoderLayer, Qwen2MoT, Route
 from modeling.sequence import Split
 from tests.tiny_model import randomise_
 
@@ -129,13 +129,18 @@ def test_latents_without_the_generation_expert_are_refused():
         run(model, model.embed_tokens(IDS), (Split(13, "causal"),), route=route)
 
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_computes_again_and_changes_no_gradient(monkeypatch):
     model = decoder().requires_grad_(True)
-    grads = []
+    forward, calls, grads = MoTDecoderLayer.forward, [], []
+    monkeypatch.setattr(
+        MoTDecoderLayer, "forward", lambda *args: calls.append(args[0]) or forward(*args)
+    )
     for enabled in (False, True):
         model.activation_checkpointing = enabled
         model.zero_grad()
+        calls.clear()
         run(model, model.embed_tokens(IDS), (Split(13, "causal"),)).square().sum().backward()
+        assert len(calls) == len(model.layers) * (1 + enabled)
         grads.append([p.grad.clone() for p in model.parameters()])
     for plain, recomputed in zip(*grads, strict=True):
         assert torch.equal(plain, recomputed)

@@ -287,16 +287,20 @@ def sampled_ids(trajectory: Trajectory, tokens: SpecialTokens) -> list[int]:
 
 def misaligned(trajectory: Trajectory, tokens: SpecialTokens) -> str | None:
     """Why sampled tokens and loss rows do not correspond one to one; None if they do."""
-    sampled = len(sampled_ids(trajectory, tokens))
+    sampled = sampled_ids(trajectory, tokens)
     sides = {"student": trajectory.student, "teacher": trajectory.teacher}
     for side, segments in sides.items():
         labels = sampled_labels(pack([segments], tokens), [trajectory])
-        scored = int((labels != IGNORE_INDEX).sum())
-        if scored != sampled or len(labels) != sampled + trajectory.ends_open:
+        scored = labels[labels != IGNORE_INDEX].tolist()
+        if len(scored) != len(sampled) or len(labels) != len(sampled) + trajectory.ends_open:
+            agree = zip(sampled, scored, strict=False)  # up to the end of the shorter one
+            position = next((i for i, pair in enumerate(agree) if pair[0] != pair[1]), None)
+            position = min(len(sampled), len(scored)) if position is None else position
             return (
-                f"replay parity: row {trajectory.prompt.row} has {sampled} sampled tokens, of "
-                f"which the {side}'s side scores {scored} in {len(labels)} loss rows; a turn "
-                "token, a round or a label of the packed completion is missing or too many"
+                f"replay parity: row {trajectory.prompt.row} has {len(sampled)} sampled tokens, of "
+                f"which the {side}'s side scores {len(scored)} in {len(labels)} loss rows, other "
+                f"ones from position {position} on; a turn token, a round or a label of the packed "
+                "completion is missing or too many"
             )
     return None
 
