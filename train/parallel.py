@@ -4,6 +4,7 @@ Model code knows nothing of this file. One process: the plain module. Several re
 shard: DDP (FSDP would silently not reduce there). Otherwise FSDP over a (replicate, shard) mesh.
 """
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -103,6 +104,9 @@ def distributed(model: ModelArguments, num_shard: int, global_batch: int) -> Ite
     # A rank that fails keeps its connections until it has said why and exits: closing them here
     # would make the others speak first.
     if size > 1:
+        # Wrapped modules are cycles that hold process groups; a thread of gloo that is still there
+        # when the interpreter ends aborts a run that has succeeded.
+        gc.collect()
         dist.barrier()  # gloo may abort a rank whose peers have left already
         dist.destroy_process_group()
 
