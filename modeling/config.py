@@ -78,6 +78,41 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
+class VAEConfig:
+    """FLUX VAE shape. Field names are those of the published code; defaults are the full size.
+
+    Released folders have no file for it; `vae_config.json` is read where there is one.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    in_channels: int = 3
+    out_ch: int = 3
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # json has a list
+        if self.ch % 32:
+            raise ConfigError(
+                f"vae ch {self.ch} is not a multiple of 32, the number of groups of its norms"
+            )
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent position along a side (8 at full size)."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "VAEConfig":
+        """`vae_config.json` of a checkpoint folder, or the full size without one."""
+        file = Path(path) / "vae_config.json"
+        return _read(cls, file) if file.is_file() else cls()
+
+
+@dataclass(frozen=True)
 class BagelConfig:
     """The whole model. The fields below `vit` are constants of the released training code."""
 

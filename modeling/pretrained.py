@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from modeling.autoencoder import AutoEncoder
 from modeling.bagel import Bagel
-from modeling.config import BagelConfig
+from modeling.config import BagelConfig, VAEConfig
 
 Weights = Literal["auto", "student", "ema"]
 Experts = Literal["und", "all"]
@@ -146,7 +147,38 @@ def load_pretrained(
     wanted = {key for key in model.state_dict() if key not in RECOMPUTED}
     keys -= set(RECOMPUTED)
     _check_keys(files.name, wanted, keys)
-    _assign(model, files, sorted(wanted), dtype, device)
+    state = _read_all(model, files, dtype, device)
+    for key, value in model.state_dict().items():
+        if key in RECOMPUTED:
+            state[key] = torch.empty(value.shape, dtype=torch.float32, device=device)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.vit_pos_embed.reset()
+    if visual_gen:
+        model.latent_pos_embed.reset()
+    return model
+
+
+def load_autoencoder(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoEncoder:
+    """Open `ae.safetensors` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no such file, missing or unexpected keys, or a tensor of another shape.
+        modeling.config.ConfigError: an unusable `vae_config.json`.
+    """
+    file = Path(path) / "ae.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing: this checkpoint cannot turn latents into pictures. Released "
+            "folders have the file; copy it from there"
+        )
+    with _open(file) as handle:
+        files = WeightFiles(str(file), dict.fromkeys(handle.keys(), file))
+    with torch.device("meta"):
+        model = AutoEncoder(VAEConfig.from_pretrained(path))
+    _check_keys(files.name, set(model.state_dict()), set(files.location))
+    model.load_state_dict(_read_all(model, files, dtype, device), strict=True, assign=True)
     return model
 
 
@@ -161,35 +193,29 @@ def _check_keys(name: str, wanted: set[str], found: set[str]) -> None:
         if all(is_generation_key(key) for key in wanted ^ found):  # so experts='all' was asked for
             remedy = ". All of them belong to the drawing of images: experts='und' opens the rest"
         raise CheckpointError(
-            f"{name} does not fit the model of its llm_config.json / vit_config.json: "
+            f"{name} does not fit the model of its configuration files: "
             f"{'; '.join(problems)}{remedy}"
         )
 
 
-def _assign(
-    model: Bagel,
-    files: WeightFiles,
-    keys: list[str],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> None:
-    """Move tensors from disk into the meta-device model, one at a time."""
+def _read_all(
+    model: nn.Module, files: WeightFiles, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """What the meta-device model needs of the files, one tensor at a time.
+
+    Raises:
+        CheckpointError: a tensor of another shape.
+    """
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     state = {}
-    for key, value in files.read(keys):
+    for key, value in files.read(sorted(key for key in shapes if key not in RECOMPUTED)):
         if tuple(value.shape) != shapes[key]:
             raise CheckpointError(
                 f"{files.name}: {key} has shape {tuple(value.shape)}, "
                 f"the configuration asks for {shapes[key]}"
             )
         state[key] = value.to(device=device, dtype=dtype)
-    for key in RECOMPUTED:
-        if key in shapes:
-            state[key] = torch.empty(shapes[key], dtype=torch.float32, device=device)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.vit_pos_embed.reset()
-    if hasattr(model, "latent_pos_embed"):
-        model.latent_pos_embed.reset()
+    return state
 
 
 def save_pretrained(

@@ -30,6 +30,7 @@ GRADIENT = 1e-4  # relative
 JSD = 1e-6  # relative
 JSD_GRADIENT = 1e-5  # relative
 CACHE = 2e-5  # cached keys and values
+VAE = 2e-5  # latents and pictures
 
 
 @dataclass(frozen=True)

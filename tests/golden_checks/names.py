@@ -9,8 +9,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from modeling.autoencoder import AutoEncoder
 from modeling.bagel import Bagel
-from modeling.config import BagelConfig, LLMConfig, ViTConfig
+from modeling.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from modeling.pretrained import RECOMPUTED
 from modeling.tokenizer import Tokenizer as BagelTokenizer
 from tests.golden_checks.core import Absent, Golden, Result, check, exact
@@ -108,7 +109,13 @@ def manifest(golden: Golden) -> Iterator[Result | Absent]:
     differing = constants ^ set(facts["non_trainable"]) | constants ^ set(RECOMPUTED)
     yield exact("manifest.non_trainable", [(len(differing), 0)])
     if "ae" in facts:
-        yield Absent("manifest.ae", "the VAE is not part of this model")
+        with torch.device("meta"):
+            state = AutoEncoder(VAEConfig()).state_dict()
+        pairs = [(len(state.keys() ^ facts["ae"].keys()), 0)]
+        pairs += [
+            (tuple(state[key].shape), tuple(entry["shape"])) for key, entry in facts["ae"].items()
+        ]
+        yield exact("manifest.ae", pairs)
 
 
 def _counts(facts: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
-"""a, h, i, n: image encoder, transforms, position ids and fixed embeddings."""
+"""a, g, h, i, n: image encoder, VAE, transforms, position ids and fixed embeddings."""
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from data.transforms import ImageTransform, patchify, to_rgb
 from modeling.attention import packed_plan
+from modeling.autoencoder import AutoEncoder
+from modeling.config import VAEConfig
 from modeling.layers import (
     patch_position_ids,
     rope_cos_sin,
@@ -21,6 +24,7 @@ from modeling.layers import (
 from modeling.sequence import Split
 from tests.golden_checks.core import (
     FEATURES,
+    VAE,
     Absent,
     Golden,
     Result,
@@ -74,6 +78,29 @@ def _images_of_a(golden: Golden, stored: dict[str, Tensor]) -> Iterator[Result]:
     ]
     if pairs:
         yield close("a_vit.transform", FEATURES, pairs)
+
+
+@check("g_vae", "g_vae.safetensors", "ae.safetensors", "config.json")
+@torch.no_grad()
+def autoencoder(golden: Golden) -> Iterator[Result]:
+    stored, sizes = golden.tensors("g_vae"), golden.config["vae"]
+    known = {field.name for field in dataclasses.fields(VAEConfig)}
+    config = VAEConfig(**{name: value for name, value in sizes.items() if name in known})
+    yield exact("g_vae.downsample", [(config.downsample, sizes["downsample"])])
+    model = AutoEncoder(config)
+    model.load_state_dict(golden.tensors("ae"))
+    pixels, noise = stored["x"], stored["noise"]
+    yield close("g_vae.moments", VAE, [(model.encoder(pixels), stored["moments"])])
+    latents = [
+        (model.encode(pixels), stored["z_nosample"]),
+        (model.encode(pixels, noise), stored["z_sample"]),
+    ]
+    yield close("g_vae.latents", VAE, latents)
+    pictures = [
+        (model.decode(stored[name]), stored[f"decode_of_{name}"])
+        for name in ("z_nosample", "z_rand")
+    ]
+    yield close("g_vae.pictures", VAE, pictures)
 
 
 @check("h_sizes", "h_resize_sizes.json")
