@@ -31,6 +31,7 @@ JSD = 1e-6  # relative
 JSD_GRADIENT = 1e-5  # relative
 CACHE = 2e-5  # cached keys and values
 VAE = 2e-5  # latents and pictures
+LATENT = 2e-4  # latents that were drawn
 
 
 @dataclass(frozen=True)

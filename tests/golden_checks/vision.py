@@ -1,4 +1,4 @@
-"""a, g, h, i, n: image encoder, VAE, transforms, position ids and fixed embeddings."""
+"""a, f, g, h, i, n: image encoder, flow, VAE, transforms, position ids and fixed embeddings."""
 
 import dataclasses
 import hashlib
@@ -15,6 +15,7 @@ from data.transforms import ImageTransform, patchify, to_rgb
 from modeling.attention import packed_plan
 from modeling.autoencoder import AutoEncoder
 from modeling.config import VAEConfig
+from modeling.flow import Guidance, euler, timesteps
 from modeling.layers import (
     patch_position_ids,
     rope_cos_sin,
@@ -24,6 +25,7 @@ from modeling.layers import (
 from modeling.sequence import Split
 from tests.golden_checks.core import (
     FEATURES,
+    LATENT,
     VAE,
     Absent,
     Golden,
@@ -101,6 +103,22 @@ def autoencoder(golden: Golden) -> Iterator[Result]:
         for name in ("z_nosample", "z_rand")
     ]
     yield close("g_vae.pictures", VAE, pictures)
+
+
+@check("f_euler", "f_imagegen.safetensors", "f_imagegen.json")
+def euler_steps(golden: Golden) -> Iterator[Result]:
+    """Times and steps of a drawn picture, along its stored velocities."""
+    stored, facts = golden.tensors("f_imagegen"), golden.json("f_imagegen")
+    name = "t8_global_img1.5"
+    case, steps = facts["cases"][name], facts[f"{name}.steps"]
+    times = timesteps(case["num_timesteps"], case["timestep_shift"])
+    yield close("f_euler.times", 1e-7, [(times[:-1], torch.tensor([step["t"] for step in steps]))])
+    guidance = Guidance(case["cfg_text_scale"], case["cfg_img_scale"], tuple(case["cfg_interval"]))
+    guided = [(guidance.branches(step["t"]), (step["cfg_text"] > 1,) * 2) for step in steps]
+    yield exact("f_euler.guided", guided)
+    velocities = iter(stored[f"{name}.v_t"])
+    end = euler(stored["latent.in.packed_init_noises"], times, lambda x, t: next(velocities))
+    yield close("f_euler.latent", LATENT, [(end, stored[f"{name}.latent"])])
 
 
 @check("h_sizes", "h_resize_sizes.json")
