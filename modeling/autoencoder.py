@@ -117,9 +117,9 @@ class Encoder(nn.Module):
         widths = [config.ch * factor for factor in config.ch_mult]
         self.conv_in = _conv(config.in_channels, config.ch)
         self.down = nn.ModuleList()
-        for inputs, width in zip([config.ch, *widths], widths, strict=False):
+        for inputs, width in zip([config.ch, *widths[:-1]], widths, strict=True):
             self.down.append(Rung(inputs, width, config.num_res_blocks))
-        for rung, width in zip(self.down[:-1], widths, strict=False):
+        for rung, width in zip(self.down[:-1], widths[:-1], strict=True):
             rung.downsample = Downsample(width)
         self.mid = Middle(widths[-1])
         self.norm_out = _norm(widths[-1])

@@ -95,6 +95,6 @@ class Guidance:
 def euler(noise: Tensor, times: Tensor, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:
     """Follow `velocity(x, t)` from `noise` at times[0] to times[-1]; times (T,) descend."""
     x = noise
-    for t, step in zip(times.tolist(), (times[:-1] - times[1:]).tolist(), strict=False):
+    for t, step in zip(times[:-1].tolist(), (times[:-1] - times[1:]).tolist(), strict=True):
         x = x - velocity(x, t) * step
     return x

@@ -271,6 +271,22 @@ def test_the_best_has_a_folder_of_its_own_where_none_was_due(tmp_path):
     assert names(folder) == ["0000004", "best", "best-0000006", "latest"]
 
 
+def test_the_best_of_an_earlier_attempt_is_written_again(tmp_path):
+    """A run that begins anew after a kill may have other settings, and finds its best there."""
+    _, writer = saved(tmp_path, (1,))
+    folder, model = tmp_path / "checkpoints", load_pretrained(workspace() / "base")
+    writer.save_best(3, model)
+    (folder / "0000005").mkdir()  # foreign: no run.json
+    move(model, 1.0)
+    for step in (3, 5):
+        writer.save_best(step, model)
+        assert os.readlink(folder / "best") == f"best-000000{step}"
+        key = "language_model.model.norm.weight"
+        before = load_file(workspace() / "base" / "model.safetensors")[key]
+        after = load_file(folder / "best" / "model.safetensors")[key].float()
+        torch.testing.assert_close(after, before + 1.0, atol=1e-2, rtol=1e-2)  # stored as bfloat16
+
+
 def test_a_best_of_another_run_is_not_taken_over(tmp_path):
     _, writer = saved(tmp_path, (1,))
     folder = tmp_path / "checkpoints"

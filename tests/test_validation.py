@@ -192,9 +192,11 @@ def test_other_rows_begin_anew(run, tmp_path, capsys):
     """Also where there was no validation: a resumed run may switch it on, with any size."""
     flags = {**FLAGS, "model_path": BASE, "save_every": 1}
     run_opsd(tmp_path, **flags)
-    shutil.rmtree(tmp_path / "checkpoints" / "0000003")
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "checkpoints" / f"000000{step}")
     on = {**flags, **VALIDATED, "total_steps": 3, "resume": "latest"}
     run_opsd(tmp_path, **on)
+    assert "on other rows" not in capsys.readouterr().out  # there were none
     assert [r["values"] for r in records_of(tmp_path)] == [r["values"] for r in records_of(run)]
     shutil.rmtree(tmp_path / "checkpoints" / "0000003")
     (tmp_path / "checkpoints" / "best").unlink()

@@ -92,9 +92,10 @@ class CheckpointWriter:
     def save_best(self, step: int, student: nn.Module, ema: nn.Module | None = None) -> None:
         """Point `best` at the folder of `step`, or at one without state if it has none. Collective.
 
-        What was the best before goes, unless it was saved for its own sake.
+        What was the best before goes, unless it was saved for its own sake. A `best-N` that is
+        there already is of an earlier attempt, whose settings may have been others.
         """
-        if not self._holds(step):
+        if not _is_ours(self._root / f"{step:07d}"):
             final = self._root / f"best-{step:07d}"
             self._publish(self._write_aside(final, student, ema), final, step)
         self.mark_best(step)
@@ -125,7 +126,7 @@ class CheckpointWriter:
     def _holds(self, step: int) -> Path | None:
         """The folder with the weights after `step` updates."""
         candidates = (self._root / f"{step:07d}", self._root / f"best-{step:07d}")
-        return next((folder for folder in candidates if folder.is_dir()), None)
+        return next((folder for folder in candidates if _is_ours(folder)), None)
 
     def holds(self, step: int) -> bool:
         """Whether the weights after `step` updates are there."""
@@ -171,9 +172,7 @@ class CheckpointWriter:
         start = Path(self.config.model.model_path).resolve()
         spared = {(root / name).resolve() for name in ("latest", "best")} | {start, *start.parents}
         ours = [
-            entry
-            for entry in root.iterdir()
-            if NUMBERED.fullmatch(entry.name) and (entry / "run.json").is_file()
+            entry for entry in root.iterdir() if NUMBERED.fullmatch(entry.name) and _is_ours(entry)
         ]
         for entry in sorted(ours, key=lambda entry: int(entry.name))[:-keep]:
             if entry.resolve() not in spared and not entry.is_symlink():
@@ -205,6 +204,10 @@ class CheckpointWriter:
 def updates_in(folder: Path) -> int:
     """How many updates the weights of a checkpoint folder have had."""
     return json.loads((folder / "run.json").read_text())["step"]
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
 
 
 def _remove(folder: Path) -> None:

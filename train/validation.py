@@ -164,10 +164,10 @@ class Validation:
         The rollout copy holds the base. Of the earlier results the best whose checkpoint is there
         becomes `best` again.
         """
-        there = read_trainer(start.folder / STATE)["validation"] if start.folder else {}
+        there = read_trainer(start.folder / STATE).get("validation", {}) if start.folder else {}
         if there.get("probe_set") == self.probe_set:
             self.scores = {int(step): scores for step, scores in there["scores"].items()}
-        elif there and self.world.is_main:
+        elif there.get("scores") and self.world.is_main:
             say("the validations of the run that is resumed were on other rows: they begin anew")
         if self.world.is_main:
             self._restore_records()
