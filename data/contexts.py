@@ -3,20 +3,30 @@
     C_S = [sys, img, question]
     C_T = [sys, img, question, ref_intro, VT_1 ... VT_n, transition]
 
+and the interleaved sequence of a model that draws its visual thoughts itself,
+
+    [sys, img, question, <think>t_0</think><image_start>, VT_1,
+     <image_end><think>t_1</think> ... <answer>a</answer>]
+
+in which a picture is its latents, for the generation expert, and then its patches.
+
 The teacher sees the visual thoughts and nothing else that is privileged: no thought text and no
 answer ever enters a context.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import PIL.Image
 import torch
+from torch import Tensor
 
 from data.example import Example, ExampleError
 from data.processor import Processor
-from data.transforms import to_segment
-from modeling.sequence import Image, Segment, Text
+from data.transforms import to_rgb, to_segment
+from modeling.drawing import latent_segment
+from modeling.sequence import Gap, Image, Segment, Text
 
 VisualThoughts = Literal["real", "noise", "none"]
 SftContext = Literal["student", "teacher", "teacher_noise"]
@@ -99,6 +109,93 @@ def sft_sequence(
     else:
         raise ValueError(f"context={context!r} is not student, teacher or teacher_noise")
     return [*segments, *completion([reference_completion(example, processor)])]
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Which parts of the condition a row is trained without, so that guidance can compare: the
+    question, and of picture i (0 is the problem) the latents or the patches.
+    """
+
+    text: bool = False
+    latents: frozenset[int] = frozenset()
+    patches: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Noising:
+    """One point on the way from a picture to noise."""
+
+    time: float
+    noise: Tensor  # (Z, h, w), as the latents
+
+
+def drawing_size(image: PIL.Image.Image, processor: Processor) -> PIL.Image.Image:
+    """A picture of an interleaved sequence: the size of the VAE, from which patches are made too.
+
+    Released training makes patches from the original and released inference from this; here both
+    do what inference does.
+    """
+    return processor.vae_transform.resize(to_rgb(image))
+
+
+def interleaved_pictures(example: Example, processor: Processor) -> list[PIL.Image.Image]:
+    """Problem image and visual thoughts, in the size of the VAE."""
+    pictures = [example.problem_image, *example.visual_thoughts]
+    return [drawing_size(picture, processor) for picture in pictures]
+
+
+def interleaved_sequence(
+    example: Example,
+    processor: Processor,
+    latents: Sequence[Tensor],
+    patch: int,
+    noisings: Sequence[Sequence[Noising]] = (),
+    dropout: ConditionDropout | None = None,
+) -> list[Segment]:
+    """The row of interleaved fine-tuning; loss on the thoughts, the answer and the drawing.
+
+    Args:
+        latents: (Z, h, w) of each of `interleaved_pictures`.
+        patch: latent positions per token and side.
+        noisings: of each visual thought, the points at which its velocity is learned; the picture
+            itself follows them and is what the rest of the row sees.
+
+    Raises:
+        ExampleError: not a thought before each visual thought and one after the last.
+    """
+    if len(example.thoughts) != len(example.visual_thoughts) + 1:
+        raise ExampleError(
+            f"{example.key}: {len(example.thoughts)} thoughts around "
+            f"{len(example.visual_thoughts)} visual thoughts; one more is needed"
+        )
+    dropout = dropout or ConditionDropout()
+    pictures = interleaved_pictures(example, processor)
+
+    def condition(number: int) -> list[Segment]:
+        clean = latent_segment(latents[number], patch)
+        seen = processor.transform.segment(pictures[number])
+        return [
+            Gap() if number in dropout.latents else clean,
+            Gap() if number in dropout.patches else seen,
+        ]
+
+    segments = [*_text(processor.prompts.system, processor), *condition(0)]
+    if not dropout.text:
+        segments += _text(example.question + processor.prompts.instruction_suffix, processor)
+    opening = ""
+    for number, thought in enumerate(example.thoughts[:-1], start=1):
+        segments += _spoken(f"{opening}<think>{thought}</think><image_start>", processor)
+        for point in noisings[number - 1] if noisings else ():
+            segments.append(latent_segment(latents[number], patch, point.time, point.noise))
+        segments += condition(number)
+        opening = "<image_end>"
+    text = f"{opening}<think>{example.thoughts[-1]}</think><answer>{example.answer}</answer>"
+    return segments + _spoken(text, processor)
+
+
+def _spoken(text: str, processor: Processor) -> list[Text]:
+    return completion([processor.tokenizer.encode(text)])
 
 
 def _text(text: str, processor: Processor) -> list[Text]:

@@ -46,7 +46,8 @@ class Fields:
     visual_thoughts: bool = True
     thoughts: bool = True
     full_text_only_thought: bool = True
-    max_rounds: int = MAX_ROUNDS  # thoughts and visual thoughts 0 .. max_rounds - 1
+    interleaved: bool = False  # also: a thought before each visual thought, one after the last
+    max_rounds: int = MAX_ROUNDS  # visual thoughts 0 .. max_rounds - 1, thoughts one more
 
     def columns(self, available: Collection[str], file: str) -> tuple[str, ...]:
         """Columns to read from a file that has `available`.
@@ -58,10 +59,10 @@ class Fields:
         if self.full_text_only_thought:
             required.append("full_text_only_thought")
         optional = ["pid", "task"]
-        rounds = range(self.max_rounds)
+        rounds = range(self.max_rounds + 1)  # a thought follows the last visual thought
         if self.visual_thoughts:
             required.append(IMAGE_COLUMN.format(0))
-            optional += [IMAGE_COLUMN.format(i) for i in rounds[1:]]
+            optional += [IMAGE_COLUMN.format(i) for i in rounds[1:-1]]
         if self.thoughts:
             optional += [name.format(i) for i in rounds for name in THOUGHT_COLUMNS]
         missing = [name for name in required if name not in available]
@@ -140,6 +141,12 @@ def check_complete(example: Example, fields: Fields, where: str) -> None:
     empty = None
     if fields.visual_thoughts and not example.visual_thoughts:
         empty = "reasoning_image_*"
+    elif fields.interleaved and not _interleaved(example):
+        raise ExampleError(
+            f"{where}: {len(example.thoughts)} thoughts around {len(example.visual_thoughts)} "
+            "visual thoughts; an interleaved row has a text before each image and one after the "
+            "last: fill reasoning_thought_* or drop the row"
+        )
     elif fields.full_text_only_thought and not example.full_text_only_thought.strip():
         empty = "full_text_only_thought"
     if empty:
@@ -147,6 +154,10 @@ def check_complete(example: Example, fields: Fields, where: str) -> None:
             f"{where}: column {empty} is empty or damaged ({example.skipped_vts} damaged visual "
             "thoughts); fill it or drop the row"
         )
+
+
+def _interleaved(example: Example) -> bool:
+    return len(example.thoughts) == len(example.visual_thoughts) + 1
 
 
 def decode_image(data: bytes) -> PIL.Image.Image:
@@ -196,7 +207,7 @@ def _visual_thoughts(
 
 def _thoughts(row: Mapping[str, Any], fields: Fields) -> tuple[str, ...]:
     thoughts = []
-    for i in range(fields.max_rounds if fields.thoughts else 0):
+    for i in range(fields.max_rounds + 1 if fields.thoughts else 0):
         spellings = [row.get(name.format(i)) for name in THOUGHT_COLUMNS]
         thoughts += [text for text in spellings if text][:1]
     return tuple(thoughts)

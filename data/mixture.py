@@ -27,15 +27,17 @@ from data.processor import transform_from_dict
 from data.streams import stream_seed
 from data.transforms import ImageTransform
 
-GROUPS = ("visual_opsd", "text_reasoning")
-CONTEXTS = ("student", "teacher", "teacher_noise")
+GROUPS = ("visual_opsd", "text_reasoning", "interleaved_reasoning")
+INTERLEAVED = "interleaved"  # text and pictures in turn: rows that draw
+CONTEXTS = ("student", "teacher", "teacher_noise", INTERLEAVED)
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
     """One group of a mixture file; the fields below `group` are its keys."""
 
-    group: str  # top-level key: visual_opsd needs visual thoughts, text_reasoning needs their text
+    group: str  # top-level key: visual_opsd needs visual thoughts, text_reasoning needs their text,
+    # interleaved_reasoning both in turn
     dataset_names: tuple[str, ...]  # folders under the data root
     num_used_data: tuple[int, ...] | None = None  # first rows of each source in file order
     weights: tuple[float, ...] | None = None  # per source; default: in proportion to the rows used
@@ -109,15 +111,33 @@ class MixtureConfig:
 
     @property
     def fields(self) -> Fields:
-        """What has to be read: visual thoughts for a teacher, text reasoning for SFT."""
-        shares = (self.contexts or {}).values()
-        teacher = any(share.get(name, 0) for share in shares for name in CONTEXTS[1:])
+        """What has to be read: visual thoughts for a teacher, text reasoning for SFT, thoughts
+        around visual thoughts for interleaved rows.
+        """
+        used = self._used_contexts()
         return Fields(
-            visual_thoughts=self.group == "visual_opsd" or teacher,
-            thoughts=False,
-            full_text_only_thought=self.group == "text_reasoning",
+            visual_thoughts=self.group == "visual_opsd" or bool(used - {"student"}),
+            thoughts=INTERLEAVED in used,
+            interleaved=INTERLEAVED in used,
+            full_text_only_thought=self.group != "visual_opsd" and bool(used - {INTERLEAVED}),
             max_rounds=self.max_reference_rounds,
         )
+
+    @property
+    def default_context(self) -> str:
+        """Of rows whose source `contexts` does not name."""
+        return INTERLEAVED if self.group == "interleaved_reasoning" else "student"
+
+    def draws_pictures(self) -> bool:
+        """Whether there are rows of the interleaved context."""
+        return INTERLEAVED in self._used_contexts()
+
+    def _used_contexts(self) -> set[str]:
+        shares = self.contexts or {}
+        used = {name for share in shares.values() for name, part in share.items() if part}
+        if "default" not in shares and set(self.dataset_names) - set(shares):
+            used.add(self.default_context)
+        return used
 
 
 @dataclass(frozen=True)
@@ -176,7 +196,7 @@ class Mixture:
         name = self.sources[which].name
         shares = contexts.get(name, contexts.get("default"))
         if shares is None:
-            return "student"
+            return self.config.default_context
         draw = stream_seed(self.seed, "context", index) / 2**63 * sum(shares.values())
         bounds = list(accumulate(shares.values()))
         return list(shares)[min(bisect_right(bounds, draw), len(bounds) - 1)]

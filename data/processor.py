@@ -13,6 +13,7 @@ from modeling.config import BagelConfig
 from modeling.tokenizer import Tokenizer, load_tokenizer
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+VAE_TRANSFORM = ImageTransform(1024, 512, 16)  # of the released weights
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Processor:
     tokenizer: Tokenizer
     transform: ImageTransform = field(default_factory=ImageTransform)
     prompts: PromptSet = PAPER
+    vae_transform: ImageTransform = VAE_TRANSFORM
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Processor":
@@ -38,14 +40,19 @@ class Processor:
         config = _read_json(file) if file.is_file() else {}
         tokenizer = load_tokenizer(path)
         transform, prompts, where = ImageTransform(), PAPER, f"{path} (the paper's image limits)"
+        vae_transform = VAE_TRANSFORM
         if "prompt_set" in config:
             name = config.pop("prompt_set")
             if not isinstance(name, str) or name not in PROMPT_SETS:
                 raise DataError(f"{file}: prompt_set {name!r} is not one of {sorted(PROMPT_SETS)}")
+            if "vae_transform" in config:
+                vae_transform = transform_from_dict(
+                    config.pop("vae_transform"), f"{file}: vae_transform"
+                )
             transform, prompts = transform_from_dict(config, str(file)), PROMPT_SETS[name]
             where = str(file)
         check_image_limits(transform, path, where)
-        return cls(tokenizer, transform, prompts)
+        return cls(tokenizer, transform, prompts, vae_transform)
 
     def with_transform(self, transform: ImageTransform | None) -> "Processor":
         """The processor with the image limits of a mixture file; itself where that has none."""
@@ -58,7 +65,11 @@ class Processor:
                 f"prompts {self.prompts.name!r} are not in data/prompts.py: add them there, "
                 "a checkpoint stores the name only"
             )
-        config = {**dataclasses.asdict(self.transform), "prompt_set": self.prompts.name}
+        config = {
+            **dataclasses.asdict(self.transform),
+            "vae_transform": dataclasses.asdict(self.vae_transform),
+            "prompt_set": self.prompts.name,
+        }
         Path(path).mkdir(parents=True, exist_ok=True)
         (Path(path) / PREPROCESSOR_FILE).write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save(path)

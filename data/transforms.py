@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from modeling.layers import patchify
 from modeling.sequence import Image
 
 
@@ -91,15 +92,6 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         white.paste(image, mask=image.getchannel("A"))
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def patchify(pixels: Tensor, patch: int) -> Tensor:
-    """(3, H, W) -> (H/p * W/p, p * p * 3): raster patch order, inner order row, column, channel."""
-    channels, height, width = pixels.shape
-    if height % patch or width % patch:
-        raise ValueError(f"pixels of {height}x{width} do not divide into {patch}x{patch} patches")
-    grid = pixels.reshape(channels, height // patch, patch, width // patch, patch)
-    return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
 
 
 def to_segment(pixels: Tensor, patch: int) -> Image:

@@ -66,8 +66,10 @@ class _Padding:
             slot = torch.arange(self.longest)[None, :].expand(self.batch, -1)
             inside = slot < lens[:, None]
             start = lens.cumsum(0) - lens
-            # padding repeats token 0 of its sample: finite values that nobody reads
-            self.gather = (start[:, None] + torch.where(inside, slot, 0)).flatten().to(device)
+            # padding repeats token 0 of its sample (of an empty one, some other token): finite
+            # values that nobody reads
+            token = (start[:, None] + torch.where(inside, slot, 0)).clamp(max=int(lens.sum()) - 1)
+            self.gather = token.flatten().to(device)
             self.scatter = inside.flatten().nonzero().flatten().to(device)
 
     def pad(self, x: Tensor) -> Tensor:

@@ -129,6 +129,11 @@ class BagelConfig:
         """Encoder layers that run: the output is taken at `vit_select_layer`."""
         return self.vit.num_hidden_layers + 1 + self.vit_select_layer
 
+    @property
+    def latent_dim(self) -> int:
+        """Channels of a latent token."""
+        return self.latent_patch_size**2 * self.latent_channels
+
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> "BagelConfig":
         """Read `llm_config.json` and `vit_config.json` of a checkpoint folder."""

@@ -69,6 +69,10 @@ class Guidance:
         text = self.text_scale > 1 and low < t <= high
         return text, text and self.image_scale > 1
 
+    def contexts(self) -> int:
+        """How many contexts are compared: all, without text, without images."""
+        return 1 if self.text_scale <= 1 else 2 + (self.image_scale > 1)
+
     def __call__(
         self, full: Tensor, without_text: Tensor | None, without_images: Tensor | None
     ) -> Tensor:

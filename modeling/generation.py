@@ -8,7 +8,7 @@ no picture; `<|im_end|>` and `<|im_start|>` are fed and it writes on in a new ro
 Legend: B rows, V vocab, n sampled tokens of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from modeling.bagel import Bagel, text_logits
 from modeling.kv_cache import KVCache
-from modeling.sequence import Segment, decode_batch, pack
-from modeling.tokenizer import Tokenizer
+from modeling.sequence import Segment, decode_batch, pack, segment_length
+from modeling.tokenizer import SpecialTokens, Tokenizer
 
 IMAGE_REQUEST = "<image_start>"
 
@@ -89,18 +89,77 @@ def generate(
             completion does not depend on the rows it shares a batch with.
         budgets: per row a cap below `params.max_new_tokens`.
     """
-    if params.temperature > 0 and seeds is None:
-        raise ValueError("sampling needs a seed per row; pass seeds=[...] or temperature=0")
     if not contexts:
         return []
+    limits = budgets or [params.max_new_tokens] * len(contexts)
+    room = decoding_room(model, params, max(limits))
+    cache = open_cache(model, contexts, tokenizer.special, room)
+    return decode(model, cache, tokenizer, params, seeds, budgets)
+
+
+def open_cache(
+    model: Bagel, contexts: Sequence[Sequence[Segment]], tokens: SpecialTokens, room: int
+) -> KVCache:
+    """A cache that holds one context per row, with `room` slots behind the longest."""
+    weight = model.language_model.lm_head.weight
+    capacity = max(sum(map(segment_length, segments)) for segments in contexts) + room
+    cache = KVCache(model.config.llm, len(contexts), capacity, weight.dtype, weight.device)
+    extend(model, cache, contexts, tokens)
+    return cache
+
+
+@torch.no_grad()
+def extend(
+    model: Bagel, cache: KVCache, contexts: Sequence[Sequence[Segment]], tokens: SpecialTokens
+) -> None:
+    """Append to every row of the cache its segments (possibly none), in one forward."""
+    batch = pack(contexts, tokens)
+    if not len(batch):
+        return
+    batch = batch.to(cache.keys.device).after(cache.positions)
+    model(batch, kv_cache=cache)
+    following = torch.tensor(batch.next_positions, device=cache.keys.device)
+    lengths = torch.tensor(batch.sample_lens, device=cache.keys.device)
+    cache.advance(lengths, cache.positions + following, max(batch.sample_lens))
+
+
+def decoding_room(model: Bagel, params: SamplingParams, limit: int) -> int:
+    """Slots that decoding up to `limit` visible tokens per row may write behind a context."""
+    # content and closing tokens, an opening token per round, and the slots that may be written by
+    # rows that wait for the host to look
+    return limit + 2 * (params.max_image_skips + 1) + _look_every(model) + 1
+
+
+def _look_every(model: Bagel) -> int:
+    # a look costs a device synchronisation on an accelerator and nothing on the CPU
+    return 1 if model.language_model.lm_head.weight.device.type == "cpu" else 16
+
+
+@torch.no_grad()
+def decode(
+    model: Bagel,
+    cache: KVCache,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    seeds: Sequence[int] | None = None,
+    budgets: Sequence[int] | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> list[Rollout]:
+    """`generate` for contexts that are in a cache already; what is written goes on in it.
+
+    The cache needs `decoding_room`; `step` is called after each step.
+    """
+    if params.temperature > 0 and seeds is None:
+        raise ValueError("sampling needs a seed per row; pass seeds=[...] or temperature=0")
     limits = [
-        min(params.max_new_tokens, b) for b in budgets or [params.max_new_tokens] * len(contexts)
+        min(params.max_new_tokens, b) for b in budgets or [params.max_new_tokens] * len(cache)
     ]
     if min(limits) < 1:
         raise ValueError(f"budgets must be at least 1, got {min(limits)}")
-    state = _Decoder(model, contexts, tokenizer, params, seeds, limits)
+    state = _Decoder(model, cache, tokenizer, params, seeds, limits)
     while state.running():
         state.step()
+        step()
     return state.rollouts()
 
 
@@ -110,20 +169,18 @@ class _Decoder:
     def __init__(
         self,
         model: Bagel,
-        contexts: Sequence[Sequence[Segment]],
+        cache: KVCache,
         tokenizer: Tokenizer,
         params: SamplingParams,
         seeds: Sequence[int] | None,
         limits: Sequence[int],
     ) -> None:
         self.model, self.tokenizer, self.params, self.seeds = model, tokenizer, params, seeds
-        weight = model.language_model.lm_head.weight
-        device, B = weight.device, len(contexts)
-        # a look costs a device synchronisation on an accelerator and nothing on the CPU
-        self.look_every = 1 if device.type == "cpu" else 16
+        device, B = cache.keys.device, len(cache)
+        self.look_every = _look_every(model)
         # sampled tokens of a row, closing ones included
         self.most = max(limits) + params.max_image_skips + 1
-        self.cache = self._prefill(contexts, weight.dtype, device)
+        self.cache = cache
         self.special = tokenizer.special
         self.limits = torch.tensor(limits, device=device)
         self.sampled = torch.zeros(B, self.most, dtype=torch.long, device=device)
@@ -136,20 +193,6 @@ class _Decoder:
         self.finished = [False] * B
         self.skips = [0] * B
         self.steps = 0
-
-    def _prefill(
-        self, contexts: Sequence[Sequence[Segment]], dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
-        batch = pack(contexts, self.tokenizer.special).to(device)
-        lens = batch.sample_lens
-        # content and closing tokens, an opening token per round, and the slots that may be
-        # written by rows that wait for the host to look
-        capacity = max(lens) + self.most + self.params.max_image_skips + 1 + self.look_every
-        cache = KVCache(self.model.config.llm, len(contexts), capacity, dtype, device)
-        self.model(batch, kv_cache=cache)
-        positions = torch.tensor(batch.next_positions, device=device)
-        cache.advance(torch.tensor(lens, device=device), positions, max(lens))
-        return cache
 
     def _uniforms(self, device: torch.device) -> Tensor:
         """(B, most) numbers in [0, 1), row r from the stream of seeds[r] alone."""

@@ -75,16 +75,45 @@ class KVCache:
         self.positions = next_positions.clone()
         self.extent += longest
 
-    def select(self, rows: Sequence[int]) -> "KVCache":
-        """A cache of copies of the given rows (a row may be named several times)."""
-        index = torch.tensor(list(rows), dtype=torch.long, device=self.keys.device)
-        fork = object.__new__(KVCache)
-        fork.keys = self.keys.index_select(1, index)
-        fork.values = self.values.index_select(1, index)
-        fork.lengths, fork.positions = self.lengths[index], self.positions[index]
-        fork.capacity, fork.extent = self.capacity, self.extent
-        return fork
+    def branch(self, rows: int | None = None) -> "KVCache":
+        """A view of the first rows (default: all) that goes on by itself: what it appends lies
+        behind the tokens cached here, where this cache writes its own later. No copy is made.
+        """
+        part = object.__new__(KVCache)
+        part.keys, part.values = self.keys[:, :rows], self.values[:, :rows]
+        part.lengths, part.positions = self.lengths[:rows], self.positions[:rows]
+        part.capacity, part.extent = self.capacity, self.extent
+        return part
 
-    def fork(self) -> "KVCache":
-        """An independent copy of the whole cache."""
-        return self.select(range(len(self)))
+    def select(self, rows: Sequence[int], capacity: int | None = None) -> "KVCache":
+        """A cache of copies of the given rows (a row may be named several times).
+
+        Args:
+            capacity: slots per row of the copy; default: as many as here.
+        """
+        return KVCache.joined([(self, rows)], capacity or self.capacity)
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple["KVCache", Sequence[int]]], capacity: int) -> "KVCache":
+        """A cache of copies of the given rows of several caches, one part after another."""
+        extent = max(part.extent for part, _ in parts)
+        if extent > capacity:
+            raise ValueError(f"cache of {capacity} slots per row cannot hold {extent}")
+        model = parts[0][0]
+        total = sum(len(rows) for _, rows in parts)
+        layers, _, heads, _, size = model.keys.shape
+        joint = object.__new__(KVCache)
+        joint.keys = model.keys.new_zeros(layers, total, heads, capacity, size)
+        joint.values = torch.zeros_like(joint.keys)
+        lengths, positions, start = [], [], 0
+        for part, rows in parts:
+            index = torch.tensor(list(rows), dtype=torch.long, device=part.keys.device)
+            here, used = slice(start, start + len(index)), slice(part.extent)
+            joint.keys[:, here, :, used] = part.keys[:, index, :, used]
+            joint.values[:, here, :, used] = part.values[:, index, :, used]
+            lengths.append(part.lengths[index])
+            positions.append(part.positions[index])
+            start += len(index)
+        joint.lengths, joint.positions = torch.cat(lengths), torch.cat(positions)
+        joint.capacity, joint.extent = capacity, extent
+        return joint

@@ -151,3 +151,18 @@ def patch_position_ids(height: int, width: int, side: int, interpolate: bool = F
             )
         rows, columns = torch.arange(height), torch.arange(width)
     return (rows[:, None] * side + columns).flatten()
+
+
+def patchify(grid: Tensor, patch: int) -> Tensor:
+    """(C, H, W) -> (H/p * W/p, p * p * C): raster patch order, inner order row, column, channel."""
+    channels, height, width = grid.shape
+    if height % patch or width % patch:
+        raise ValueError(f"a grid of {height}x{width} does not divide into {patch}x{patch} patches")
+    cells = grid.reshape(channels, height // patch, patch, width // patch, patch)
+    return cells.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """What `patchify` took apart: (B, height * width, p * p * C) -> (B, C, height p, width p)."""
+    cells = tokens.reshape(len(tokens), height, width, patch, patch, -1)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height * patch, width * patch)

@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 import torch
 
-from data.transforms import ImageTransform, patchify, to_rgb
+from data.transforms import ImageTransform, to_rgb
+from modeling.layers import patchify
 from tests.data_helpers import image
 
 DATA = Path(__file__).parent / "data"

@@ -43,6 +43,7 @@ FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 COMMAND = re.compile(r"(?: -m|\bbash) ([\w./]+)([^`|\n#]*)")
 TRAINERS = {"train.opsd": OpsdConfig, "train.sft": SftConfig}
 OTHER_MODULES = (
+    "download_model",
     "data.miniworld",
     "data.miniworld.model",
     "eval.kl_diagnostic",
@@ -54,17 +55,15 @@ OTHER_MODULES = (
 SCRIPTS = ("scripts/quickstart.sh", "scripts/make_mini_base.sh")  # those with flags of their own
 LAUNCHED = {  # launcher -> the module that reads its flags
     "scripts/visual_opsd/run_kl_diagnostic.sh": "eval.kl_diagnostic",
+    "scripts/visual_opsd/run_interleaved_sft.sh": "train.sft",
     "scripts/visual_opsd/run_sft_baseline.sh": "train.sft",
     "scripts/visual_opsd/run_visual_opsd.sh": "train.opsd",
     "scripts/visual_opsd/run_visual_opsd_noise.sh": "train.opsd",
 }
 PLACEHOLDER = "--flag"  # as in [--flag value ...]
 FLAGS_OF_OTHERS = {
-    "--exclude",  # hf
     "--index-url",  # pip
-    "--local-dir",  # hf
     "--ntasks-per-node",  # srun
-    "--repo-type",  # hf
 }
 
 
@@ -168,7 +167,7 @@ def flags_of(command: str) -> set[str]:
         )
         assert shown.returncode == 0, shown.stderr
         return set(FLAG.findall(shown.stdout))
-    return set(re.findall(r"^  (?:-\w, )?(--\w+)", help_of(command), re.MULTILINE))
+    return set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", help_of(command), re.MULTILINE))
 
 
 def help_of(module: str) -> str:

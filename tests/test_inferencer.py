@@ -7,7 +7,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from data.contexts import question_context
+from data.contexts import drawing_size, question_context
 from data.miniworld.model import write_untrained
 from data.miniworld.world import TASKS, split_of
 from data.streams import stream_seed
@@ -77,8 +77,10 @@ def test_call_takes_an_image_or_a_text_or_both(inferencer, items) -> None:
         ([], question, {"text": question}),
         ([image], "", {"image": image}),
     ]:
-        [piece] = inferencer(max_new_tokens=TOKENS, **kwargs)
-        assert piece == by_hand(inferencer, images, text, greedy)
+        limits = {"max_think_token_n": TOKENS + 1, "think": True, "understanding_output": True}
+        [piece] = inferencer(**limits, **kwargs)
+        resized = [drawing_size(shown, inferencer.processor) for shown in images]
+        assert piece == by_hand(inferencer, resized, text, greedy)
     with pytest.raises(ValueError, match="nothing to answer"):
         inferencer()
 

@@ -9,9 +9,10 @@ and one line; torchrun would bury that line under its own traceback. No weights 
 import argparse
 import sys
 
-from train.config import OpsdConfig, parse_opsd, parse_sft
+from train.config import OpsdConfig, SftConfig, parse_opsd, parse_sft
 from train.folders import find_resumable
 from train.session import base_weights, exit_on_user_error, open_mixture, open_processor
+from train.sft import check_contexts
 from train.validation import check_probe_set
 
 PARSERS = {"opsd": parse_opsd, "sft": parse_sft}
@@ -29,6 +30,8 @@ def main() -> None:
         base_weights(config)
         mixture = open_mixture(config)
         open_processor(config, mixture)
+        if isinstance(config, SftConfig):
+            check_contexts(config, mixture)
         if isinstance(config, OpsdConfig):
             check_probe_set(config, mixture)
 

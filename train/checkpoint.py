@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from data.processor import Processor
 from modeling.config import BagelConfig
 from modeling.pretrained import WeightFiles, save_pretrained
-from train.config import DTYPES, SftConfig, UsageError
+from train.config import DTYPES, TrainConfig, UsageError
 from train.folders import BEST, NUMBERED, Start, find_resumable, fsync, point
 from train.metrics import MetricLogger
 from train.parallel import World, full_state
@@ -32,7 +32,7 @@ from train.state import STATE, Progress, load_state, save_state
 class CheckpointWriter:
     """What every checkpoint of a run shares."""
 
-    config: SftConfig
+    config: TrainConfig
     model_config: BagelConfig
     processor: Processor
     base: WeightFiles  # generation weights are carried over from here, untouched
@@ -139,6 +139,7 @@ class CheckpointWriter:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             self.processor.save_pretrained(aside)
+            copy_autoencoder(self.config.model.model_path, aside)
         for name, module in (("model", student), ("ema", ema)):
             if module is not None:
                 self._weights(aside, name, module)
@@ -199,6 +200,13 @@ class CheckpointWriter:
             "base": self.config.model.model_path,
             **run_info(),
         }
+
+
+def copy_autoencoder(source: str | Path, folder: Path) -> None:
+    """The VAE of a checkpoint folder, if it has one: pictures are drawn with it."""
+    for name in ("vae_config.json", "ae.safetensors"):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
 
 
 def updates_in(folder: Path) -> int:

@@ -182,8 +182,43 @@ class ValidationArguments:
 
 
 @dataclass(frozen=True)
-class SftConfig:
-    """Everything `train.sft` is told."""
+class TuningArguments:
+    """Fine-tuning: what is trained, on which part of interleaved rows, and how it is weighted."""
+
+    visual_gen: bool = _help("train the generation expert and the latent heads too", False)
+    freeze_und: bool = _help("train nothing but these", False)
+    ce_weight: float = _help("weight of cross-entropy; 0 = off, the default of train.opsd", 1.0)
+    mse_weight: float = _help("weight of the velocity's error; 0 = do not learn to draw", 1.0)
+    ce_loss_reweighting: bool = _help("blocks count by the root of their length", False)
+    noisings: int = _help("times each visual thought is noised per visit", 1)
+    timestep_shift: float = _help("moves the flow times of training towards noise", 1.0)
+    text_cond_dropout_prob: float = _help("share of rows without question", 0.1)
+    vae_cond_dropout_prob: float = _help("share of pictures without latents", 0.3)
+    vit_cond_dropout_prob: float = _help("share of pictures without patches", 0.3)
+    max_num_tokens: int = _help("of a forward, in whole rows; 0 = micro_batch alone decides", 0)
+
+    def __post_init__(self) -> None:
+        if self.freeze_und and not self.visual_gen:
+            raise UsageError("--freeze_und True leaves nothing to train without --visual_gen True")
+        for name in ("ce_weight", "mse_weight", "max_num_tokens"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.ce_weight + self.mse_weight == 0:
+            raise UsageError("--ce_weight 0 and --mse_weight 0 leave no loss")
+        if self.noisings < 1 or self.timestep_shift <= 0:
+            raise UsageError(
+                f"--noisings {self.noisings} must be 1 or more and --timestep_shift "
+                f"{self.timestep_shift} above 0"
+            )
+        for part in ("text", "vae", "vit"):
+            value = getattr(self, f"{part}_cond_dropout_prob")
+            if not 0 <= value <= 1:
+                raise UsageError(f"--{part}_cond_dropout_prob {value} is not in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What both trainers are told."""
 
     model: ModelArguments
     data: DataArguments
@@ -192,7 +227,14 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
-class OpsdConfig(SftConfig):
+class SftConfig(TrainConfig):
+    """Everything `train.sft` is told."""
+
+    tuning: TuningArguments
+
+
+@dataclass(frozen=True)
+class OpsdConfig(TrainConfig):
     """Everything `train.opsd` is told."""
 
     distill: DistillArguments
@@ -307,7 +349,7 @@ def _as_float(value: Any) -> float | None:
         return None
 
 
-def save_config(config: SftConfig, path: str | Path) -> None:
+def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write the resolved configuration next to the results."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

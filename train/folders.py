@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from train.config import SftConfig, UsageError
+from train.config import TrainConfig, UsageError
 from train.metrics import Pairs
 from train.parallel import World
 from train.state import STATE, read_trainer
@@ -33,7 +33,7 @@ class Start:
 FRESH = Start()
 
 
-def claim_folders(config: SftConfig, world: World) -> SftConfig:
+def claim_folders(config: TrainConfig, world: World) -> TrainConfig:
     """Make the output folders ready for a run, or refuse before anything is written. Collective.
 
     Checkpoints of an earlier run are removed if --overwrite says so, else they are a reason to
@@ -88,7 +88,7 @@ def updates_of(folder: Path) -> int:
     return int(folder.name.removeprefix("best-"))
 
 
-def find_resumable(config: SftConfig) -> tuple[Start, list[str]]:
+def find_resumable(config: TrainConfig) -> tuple[Start, list[str]]:
     """Where --resume says to begin, and a line for each folder that was passed over.
 
     `latest` and `auto` are the folder of --checkpoint_dir with the most updates whose state is

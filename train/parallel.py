@@ -64,6 +64,14 @@ class World:
         dist.all_reduce(total)
         return float(total)
 
+    def max(self, value: float) -> float:
+        """Greatest over all ranks. Collective."""
+        if self.size == 1:
+            return value
+        greatest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX)
+        return float(greatest)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -17,12 +17,18 @@ from torch.utils.data import DataLoader
 from data.example import DataError
 from data.mixture import Drawn, Mixture, load_mixture, loader
 from data.processor import Processor, check_image_limits
-from modeling.bagel import Bagel
+from modeling.bagel import Bagel, NoGenerationError
 from modeling.config import BagelConfig, ConfigError
-from modeling.pretrained import CheckpointError, WeightFiles, find_weights, load_pretrained
+from modeling.pretrained import (
+    CheckpointError,
+    Experts,
+    WeightFiles,
+    find_weights,
+    load_pretrained,
+)
 from modeling.tokenizer import TokenizerError
 from train.checkpoint import CheckpointWriter, updates_in
-from train.config import SftConfig, UsageError, save_config
+from train.config import TrainConfig, UsageError, save_config
 from train.folders import FRESH, Start, claim_folders
 from train.gates import GateError
 from train.interrupts import EXIT_STOPPED
@@ -40,6 +46,7 @@ USER_ERRORS = (
     NonFiniteError,
     LostRankError,
     GateError,
+    NoGenerationError,
     FileNotFoundError,
     ImportError,
 )
@@ -68,7 +75,7 @@ def _message(error: Exception) -> str:
     return text
 
 
-def run(config: SftConfig, train: Callable[[Any, World], Path]) -> None:
+def run(config: TrainConfig, train: Callable[[Any, World], Path]) -> None:
     """What a command line does: join the processes, claim the output folders, train.
 
     `train` runs all steps, or stops early where a signal asks for it, and returns the folder of the
@@ -95,8 +102,11 @@ def run(config: SftConfig, train: Callable[[Any, World], Path]) -> None:
         sys.exit(EXIT_STOPPED)
 
 
-def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
-    """The understanding path of the starting checkpoint, float32, on this process's device.
+def open_model(
+    config: TrainConfig, world: World, announce: bool = True, experts: Experts = "und"
+) -> Bagel:
+    """The starting checkpoint (of it, by default, the understanding path) in float32, on this
+    process's device.
 
     Raises:
         UsageError: an attention backend that cannot train on the CPU.
@@ -106,7 +116,7 @@ def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
     if world.device.type == "cpu" and backend != "sdpa":
         # FlexAttention has no backward pass on the CPU, flash-attn no kernel at all
         raise UsageError(f"--attention_backend {backend} trains on a GPU only: use sdpa on the CPU")
-    model = load_pretrained(path, weights=weights, experts="und", device=world.device)
+    model = load_pretrained(path, weights=weights, experts=experts, device=world.device)
     model.attention_backend = backend
     model.set_activation_checkpointing(config.model.activation_checkpointing)
     if announce and world.is_main:
@@ -116,7 +126,7 @@ def open_model(config: SftConfig, world: World, announce: bool = True) -> Bagel:
     return model
 
 
-def open_processor(config: SftConfig, mixture: Mixture) -> Processor:
+def open_processor(config: TrainConfig, mixture: Mixture) -> Processor:
     """Tokenizer, prompts and image limits of the starting checkpoint; the mixture may set the
     limits.
     """
@@ -128,14 +138,14 @@ def open_processor(config: SftConfig, mixture: Mixture) -> Processor:
     return processor.with_transform(limits)
 
 
-def open_mixture(config: SftConfig) -> Mixture:
+def open_mixture(config: TrainConfig) -> Mixture:
     return load_mixture(
         config.data.dataset_config_file, config.data.data_root, config.data.data_seed
     )
 
 
 def open_loader(
-    config: SftConfig, mixture: Mixture, world: World, start_step: int = 0
+    config: TrainConfig, mixture: Mixture, world: World, start_step: int = 0
 ) -> DataLoader:
     """This rank's rows of each optimizer step from `start_step` on."""
     return loader(
@@ -149,14 +159,14 @@ def open_loader(
     )
 
 
-def open_optimizer(student: nn.Module, config: SftConfig) -> AdamW:
+def open_optimizer(student: nn.Module, config: TrainConfig) -> AdamW:
     optim = config.optim
     return build_optimizer(
         student.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay
     )
 
 
-def open_metrics(config: SftConfig, world: World, start: Start = FRESH) -> MetricLogger:
+def open_metrics(config: TrainConfig, world: World, start: Start = FRESH) -> MetricLogger:
     run = config.run
     metrics = MetricLogger(
         f"{run.results_dir}/metrics.jsonl",
@@ -175,7 +185,7 @@ def open_metrics(config: SftConfig, world: World, start: Start = FRESH) -> Metri
 
 
 def open_writer(
-    config: SftConfig,
+    config: TrainConfig,
     model_config: BagelConfig,
     processor: Processor,
     mixture: Mixture,
@@ -194,6 +204,6 @@ def observe_draws(metrics: MetricLogger, rows: list[tuple[int, Drawn]]) -> None:
         metrics.observe(skipped_records=drawn.skipped, skipped_vts=drawn.example.skipped_vts)
 
 
-def base_weights(config: SftConfig) -> WeightFiles:
+def base_weights(config: TrainConfig) -> WeightFiles:
     """Where the generation weights of the export come from."""
     return find_weights(config.model.model_path, config.model.weights)

@@ -36,7 +36,7 @@ from torch.optim import AdamW
 
 from data.mixture import Mixture
 from modeling.pretrained import WeightFiles
-from train.config import DTYPES, SftConfig, UsageError
+from train.config import DTYPES, TrainConfig, UsageError
 from train.metrics import Pairs, add_pairs, gather_from_ranks
 from train.parallel import World
 from train.records import write_atomic
@@ -68,7 +68,7 @@ class Progress:
 
 
 def run_identity(
-    config: SftConfig, mixture: Mixture, base: WeightFiles, world: World
+    config: TrainConfig, mixture: Mixture, base: WeightFiles, world: World
 ) -> dict[str, Any]:
     """Name -> value of all that makes a run this run, as json has it.
 

@@ -7,25 +7,30 @@ initial weights bring it within reach of a laptop: the image encoder starts as a
 comes from its learned table, initialised as row + column vectors (over a 4x4 grid the fixed sin-cos
 table of the full-size model hardly varies); image tokens are centred and start at unit scale; and
 queries are scaled up, because after QK-norm attention could otherwise not become sharp for a
-thousand steps.
+thousand steps. The latent heads start in the same spirit: what is constant in flow time and in the
+fixed table of positions is taken out, so that times and places differ.
 """
 
 import argparse
+import dataclasses
 import random
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from data.miniworld import autoencoder
 from data.miniworld.art import CELL, blank_board, picture
+from data.miniworld.record import GRID
 from data.miniworld.tokenizer import save_tokenizer
 from data.miniworld.world import TASKS, draw
 from data.processor import Processor
 from data.prompts import MINI
-from data.transforms import ImageTransform, patchify
-from modeling.bagel import Bagel
+from data.transforms import ImageTransform
+from modeling.bagel import Bagel, latent_position_ids
 from modeling.config import BagelConfig, LLMConfig, ViTConfig
-from modeling.pretrained import save_pretrained
+from modeling.layers import patchify
+from modeling.pretrained import load_pretrained, save_pretrained
 from modeling.sequence import pack
 from modeling.tokenizer import load_tokenizer
 
@@ -37,6 +42,7 @@ POSITION_STD = 1.0  # of the row and of the column vectors of the image encoder'
 DETAIL_GAIN = 4.0  # patch embedding: fan-in scaled noise ...
 COLOUR_GAIN = 2.0  # ... plus random directions for the three channel means
 QUERY_GAIN = 4.0  # initial q_norm weight
+LATENT_GAIN = 0.3  # of a latent token's content and flow time, beside positions that vary by .2
 CALIBRATION_DRAWS = 64  # items per task family whose pictures centre and scale image tokens
 
 
@@ -84,6 +90,28 @@ def initialise(model: Bagel, processor: Processor, seed: int) -> None:
     table = embeddings.position_embedding.weight
     table.copy_(_factored_table(model.config.vit.patches_per_side, table.shape[1], generator))
     _calibrate_images(model, processor, seed)
+    if model.can_draw:
+        initialise_latents(model, seed)
+
+
+@torch.no_grad()
+def initialise_latents(model: Bagel, seed: int) -> None:
+    """Latent heads: velocity zero at first, as in released training; see the module docstring."""
+    generator = torch.Generator().manual_seed(seed)
+    into, out = model.vae2llm, model.llm2vae
+    first, _, second = model.time_embedder.mlp
+    for linear in (into, first, second):
+        linear.weight.normal_(0.0, linear.in_features**-0.5, generator=generator)
+        linear.bias.zero_()
+    out.weight.zero_()
+    out.bias.zero_()
+    into.weight.mul_(LATENT_GAIN)
+    grid = latent_position_ids(GRID, GRID, model.config.max_latent_size)
+    into.bias.copy_(-model.latent_pos_embed(grid).mean(0))
+    over_time = model.time_embedder(torch.linspace(0, 1, 100))
+    scale = LATENT_GAIN / (over_time - over_time.mean(0)).square().mean().sqrt()
+    second.weight.mul_(scale)
+    second.bias.copy_(-over_time.mean(0) * scale)
 
 
 def _initialise_patches(embedding: nn.Linear, channels: int, generator: torch.Generator) -> None:
@@ -119,14 +147,30 @@ def _factored_table(side: int, width: int, generator: torch.Generator) -> Tensor
 
 
 def write_untrained(path: str | Path, seed: int) -> None:
-    """A checkpoint folder in the released layout, both experts, ready for `train.sft`."""
+    """A checkpoint folder in the released layout, both experts and the latent heads, ready for
+    `train.sft`.
+    """
     save_tokenizer(path)
-    processor = Processor(load_tokenizer(path), TRANSFORM, MINI)
+    processor = Processor(load_tokenizer(path), TRANSFORM, MINI, autoencoder.TRANSFORM)
     processor.save_pretrained(path)
-    model = Bagel(mini_config(processor.tokenizer.vocab_size))
+    model = Bagel(mini_config(processor.tokenizer.vocab_size), visual_gen=True)
     initialise(model, processor, seed)
     copy_understanding_expert(model)
-    save_pretrained(model.state_dict(), model.config, path)
+    save_pretrained(dict(model.named_parameters()), model.config, path)  # no tables
+
+
+def write_undrawn(base: str | Path, path: str | Path, seed: int) -> None:
+    """A checkpoint folder with the understanding path of `base`, its copy for the generation
+    expert, and untrained latent heads.
+    """
+    processor = Processor.from_pretrained(base)
+    dataclasses.replace(processor, vae_transform=autoencoder.TRANSFORM).save_pretrained(path)
+    trained = load_pretrained(base)
+    model = Bagel(trained.config, visual_gen=True)
+    model.load_state_dict(trained.state_dict(), strict=False)
+    initialise_latents(model, seed)
+    copy_understanding_expert(model)
+    save_pretrained(dict(model.named_parameters()), model.config, path)  # no tables
 
 
 @torch.no_grad()
@@ -144,7 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", required=True, help="checkpoint folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    parser.add_argument(
+        "--understanding", help="checkpoint folder whose understanding path to take"
+    )
     args = parser.parse_args()
+    if args.understanding:
+        write_undrawn(args.understanding, args.output, args.seed)
+        print(f"miniature model that has not learned to draw: {args.output}")
+        return
     write_untrained(args.output, args.seed)
     print(f"untrained miniature model: {args.output}")
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modeling.autoencoder import AutoEncoder
 from modeling.bagel import Bagel
-from modeling.config import BagelConfig, LLMConfig, ViTConfig
+from modeling.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from modeling.sequence import Image
 from modeling.tokenizer import SpecialTokens
 
@@ -122,6 +123,12 @@ class Golden:
         for name, module in model.named_children():
             if name.endswith("pos_embed"):
                 module.reset()
+        return model
+
+    def autoencoder(self) -> AutoEncoder:
+        """The stored VAE."""
+        model = AutoEncoder(_pick(VAEConfig, self.config["vae"]))
+        model.load_state_dict(self.tensors("ae"))
         return model
 
 

@@ -1,22 +1,23 @@
-"""b, c, d, e: packing, masks, decoder forward and backward, cached prefill."""
+"""b, c, d, l: packing, masks, forward and backward of the decoder, with both experts."""
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.attention import FlexPlan, SDPAPlan, packed_plan, split_mask
-from modeling.bagel import Bagel, text_logits
-from modeling.kv_cache import KVCache
-from modeling.layers import patch_position_ids
-from modeling.qwen2_mot import Route
-from modeling.sequence import Image, PackedBatch, Segment, Split, Text, pack
+from modeling.attention import FlexPlan, SDPAPlan, split_mask
+from modeling.bagel import Bagel, latent_position_ids, text_logits
+from modeling.drawing import encode
+from modeling.flow import noised, shifted
+from modeling.layers import patch_position_ids, patchify
+from modeling.sequence import Image, Latent, PackedBatch, Segment, Split, Text, pack
 from tests.golden_checks.core import (
-    CACHE,
     HIDDEN,
     LOSS,
+    VAE,
     Golden,
     Result,
     check,
@@ -26,6 +27,11 @@ from tests.golden_checks.core import (
 )
 
 MODEL = ("model.safetensors", "config.json")
+VAE_MODEL = (*MODEL, "ae.safetensors")
+
+
+def _files(name: str) -> tuple[str, ...]:
+    return (f"{name}.safetensors", f"{name}.json", *VAE_MODEL)
 
 
 # ---- b: understanding forward and backward ----------------------------------------------------
@@ -41,10 +47,28 @@ def train_multi(golden: Golden) -> Iterator[Result]:
     yield from _train(golden, "b_train_multi")
 
 
-def _train(golden: Golden, name: str) -> Iterator[Result]:
+# ---- c: the same with latents ------------------------------------------------------------------
+
+
+@check("c_train_gen_single", *_files("c_train_gen_single"))
+def train_gen_single(golden: Golden) -> Iterator[Result]:
+    yield from _train(golden, "c_train_gen_single", visual_gen=True)
+
+
+@check("c_train_gen_multi", *_files("c_train_gen_multi"))
+def train_gen_multi(golden: Golden) -> Iterator[Result]:
+    yield from _train(golden, "c_train_gen_multi", visual_gen=True)
+
+
+def _train(golden: Golden, name: str, visual_gen: bool = False) -> Iterator[Result]:
     stored, facts = golden.tensors(name), golden.json(name)
-    model = golden.model()
-    samples = read_segments(golden, stored, facts["sample_lens"])
+    model = golden.model(visual_gen)
+    latents: list[Latent] = []
+    if visual_gen:
+        grids = encode(golden.autoencoder(), stored["in.padded_images"], stored["in.vae_noise"])
+        yield close(f"{name}.latents", VAE, [(grids, stored["in.padded_latent"])])
+        latents = read_latents(golden, stored, facts)
+    samples = read_segments(golden, stored, facts["sample_lens"], latents=latents)
     batch = pack(samples, golden.tokens)
     yield from pack_results(name, golden, batch, stored, "in.")
 
@@ -53,21 +77,51 @@ def _train(golden: Golden, name: str) -> Iterator[Result]:
     hidden = model.hidden_states(embeddings, batch)
     logits = text_logits(hidden[batch.loss_rows], model.language_model.lm_head)
     yield close(f"{name}.lm_input", HIDDEN, [(embeddings, stored["out.lm_input"])])
-    yield close(f"{name}.layers", HIDDEN, layer_pairs(layers, stored))
+    if "out.layer0" in stored:
+        yield close(f"{name}.layers", HIDDEN, layer_pairs(layers, stored))
     yield close(f"{name}.last_hidden_state", HIDDEN, [(hidden, stored["out.last_hidden_state"])])
     yield close(f"{name}.logits", HIDDEN, [(logits, stored["out.logits"])])
     ce = F.cross_entropy(logits, batch.labels, reduction="none")
     yield close(f"{name}.ce", LOSS, [(ce, stored["out.ce"])])
-    weights = torch.ones_like(ce) if facts["loss_def"] == "ce.mean()" else batch.loss_weights
+    weights = batch.loss_weights if "weight" in facts["loss_def"] else torch.ones_like(ce)
     loss = (ce * weights).sum() / weights.sum()
+    if visual_gen:
+        mse = (model.llm2vae(hidden[batch.flow_rows]) - batch.targets).square()
+        yield close(f"{name}.mse", LOSS, [(mse, stored["out.mse"])])
+        loss = loss + mse.mean()
     yield close(f"{name}.loss", LOSS, [(loss, facts["loss"])])
     loss.backward()
     full = {k.removeprefix("grad."): v for k, v in stored.items() if k.startswith("grad.")}
     yield from gradient_results(name, model, facts["grad_norms"], full)
 
 
+def read_latents(golden: Golden, stored: dict[str, Tensor], facts: dict) -> list[Latent]:
+    """The pictures behind stored packs: cut out of the padding, noised where they are learned."""
+    patch = golden.config["bagel"]["latent_patch_size"]
+    shapes = facts["patchified_vae_latent_shapes"]
+    sizes = [height * width for height, width in shapes]
+    raw = stored["in.packed_timesteps"].split(sizes)
+    noises = stored["in.flow_noise"].split(sizes)
+    latents = []
+    for grid, (height, width), times, noise in zip(
+        stored["in.padded_latent"], shapes, raw, noises, strict=True
+    ):
+        clean = patchify(grid[:, : height * patch, : width * patch], patch)
+        if times[0] == -math.inf:
+            latents.append(Latent(clean, height, width))
+            continue
+        time = shifted(torch.sigmoid(times[0]), golden.config["bagel"]["timestep_shift"])
+        x, target = noised(clean, noise, time)
+        latents.append(Latent(x, height, width, float(time), target))
+    return latents
+
+
 def read_segments(
-    golden: Golden, stored: dict[str, Tensor], sample_lens: list[int], prefix: str = "in."
+    golden: Golden,
+    stored: dict[str, Tensor],
+    sample_lens: list[int],
+    prefix: str = "in.",
+    latents: Sequence[Latent] = (),
 ) -> list[list[Segment]]:
     """The segments behind stored packs: ids between markers, patches, grids from position ids.
 
@@ -97,11 +151,18 @@ def read_segments(
             strict=True,
         )
     )
+    pictures, learned = iter(latents), stored.get(f"{prefix}packed_vae_token_indexes")
+    drawn = set() if learned is None else set(learned.tolist())
     ends = torch.tensor(sample_lens).cumsum(0).tolist()
     samples: list[list[Segment]] = [[] for _ in ends]
     at = 0
     while at < len(ids):
         sample = next(i for i, end in enumerate(ends) if places[at] < end)
+        if ids[at] == tokens.image_start and places[at] + 1 in drawn:
+            end_label = labels.get(places[at + 1])
+            samples[sample].append(dataclasses.replace(next(pictures), end_label=end_label))
+            at += 2
+            continue
         if ids[at] == tokens.image_start:
             tensor, positions = next(patches)
             height = int(positions.max()) // side + 1
@@ -132,6 +193,14 @@ def pack_results(
         "ce_loss_indexes": batch.loss_rows,
         "packed_label_ids": batch.labels,
     }
+    if batch.latent_grids:
+        side = golden.config["bagel"]["max_latent_size"]
+        places = [latent_position_ids(h, w, side) for h, w in batch.latent_grids]
+        ours |= {
+            "packed_vae_token_indexes": batch.latent_index,
+            "packed_latent_position_ids": torch.cat(places),
+            "mse_loss_indexes": batch.flow_rows,
+        }
     yield exact(f"{name}.pack", [(ours[key], stored[prefix + key]) for key in ours])
     weights = [(batch.loss_weights, stored[f"{prefix}ce_loss_weights"])]
     yield close(f"{name}.loss_weights", 1e-7, weights)
@@ -156,49 +225,6 @@ def collect_layers(model: Bagel) -> list[Tensor]:
 
 def layer_pairs(layers: list[Tensor], stored: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(x, stored[f"out.layer{i}"]) for i, x in enumerate(layers)]
-
-
-# ---- c: both experts of the decoder ------------------------------------------------------------
-
-
-@check("c_decoder_single", "c_train_gen_single.safetensors", "c_train_gen_single.json", *MODEL)
-def decoder_single(golden: Golden) -> Iterator[Result]:
-    yield from _decoder(golden, "c_train_gen_single", "c_decoder_single")
-
-
-@check("c_decoder_multi", "c_train_gen_multi.safetensors", "c_train_gen_multi.json", *MODEL)
-def decoder_multi(golden: Golden) -> Iterator[Result]:
-    yield from _decoder(golden, "c_train_gen_multi", "c_decoder_multi")
-
-
-@torch.no_grad()
-def _decoder(golden: Golden, name: str, label: str) -> Iterator[Result]:
-    """Stored embeddings through both experts: routing, norms, masks with noise splits, logits."""
-    stored, facts = golden.tensors(name), golden.json(name)
-    model = golden.model()
-    samples = [
-        tuple(Split(length, mode) for length, mode in zip(lengths, modes, strict=True))
-        for lengths, modes in zip(
-            facts["split_lens_from_mask"], facts["attn_modes_from_mask"], strict=True
-        )
-    ]
-    masks = [(split_mask(splits), stored[f"in.mask{i}"]) for i, splits in enumerate(samples)]
-    yield exact(f"{label}.masks", masks)
-    embeddings, latent = stored["out.lm_input"], stored["in.packed_vae_token_indexes"]
-    is_latent = torch.zeros(len(embeddings), dtype=torch.bool)
-    is_latent[latent] = True
-    route = Route((~is_latent).nonzero().flatten(), latent)
-    layers = collect_layers(model)
-    decoder = model.language_model.model
-    plan = packed_plan(samples, "cpu")
-    hidden = decoder(embeddings, stored["in.packed_position_ids"], plan, route)
-    if "out.layer0" in stored:
-        yield close(f"{label}.layers", HIDDEN, layer_pairs(layers, stored))
-    yield close(f"{label}.last_hidden_state", HIDDEN, [(hidden, stored["out.last_hidden_state"])])
-    logits = model.language_model.lm_head(hidden[stored["in.ce_loss_indexes"]])
-    ce = F.cross_entropy(logits, stored["in.packed_label_ids"], reduction="none")
-    yield close(f"{label}.logits", HIDDEN, [(logits, stored["out.logits"])])
-    yield close(f"{label}.ce", LOSS, [(ce, stored["out.ce"])])
 
 
 # ---- d: masks ----------------------------------------------------------------------------------
@@ -235,66 +261,3 @@ def _flex_mask(samples: list[tuple[Split, ...]]) -> Tensor:
     grid = torch.arange(length)
     predicate = FlexPlan(samples, "cpu").block_mask.mask_mod
     return predicate(torch.tensor(0), torch.tensor(0), grid[:, None], grid[None, :])
-
-
-# ---- e: cached prefill, up to the first VAE image ----------------------------------------------
-
-
-@check("e_prefill", "e_kvcache.safetensors", "e_kvcache.json", *MODEL)
-def prefill(golden: Golden) -> Iterator[Result]:
-    facts = golden.json("e_kvcache")
-    stages = [(stage["tag"], stage["kv_lens"], stage["ropes"]) for stage in facts["stages"]]
-    yield from _prefill(golden, "e_kvcache", "e_prefill", stages)
-
-
-@check("e2_prefill", "e2_kvcache_batch2.safetensors", "e2_kvcache_batch2.json", *MODEL)
-def prefill_batch(golden: Golden) -> Iterator[Result]:
-    facts = golden.json("e2_kvcache_batch2")
-    stages = [
-        (f"s{i}_{kind}", lens, ropes) for i, (kind, lens, ropes) in enumerate(facts["stages"])
-    ]
-    yield from _prefill(golden, "e2_kvcache_batch2", "e2_prefill", stages)
-
-
-@torch.no_grad()
-def _prefill(
-    golden: Golden, file: str, name: str, stages: list[tuple[str, list[int], list[int]]]
-) -> Iterator[Result]:
-    """Stage after stage into one ragged cache: lengths, positions, keys and values."""
-    stored, model = golden.tensors(file), golden.model()
-    rows = len(stages[0][1])
-    cache = KVCache(model.config.llm, rows, max(max(lens) for _, lens, _ in stages))
-    counts, tensors = [], []
-    for tag, lens, ropes in stages:
-        if tag.endswith("vae"):
-            break
-        batch = pack(_stage(golden, stored, tag, rows), golden.tokens)
-        spans = torch.tensor(batch.sample_lens)
-        offsets = torch.repeat_interleave(cache.positions, spans)
-        batch = dataclasses.replace(batch, position_ids=batch.position_ids + offsets)
-        model(batch, kv_cache=cache)
-        following = cache.positions + torch.tensor(batch.next_positions)
-        cache.advance(spans, following, int(spans.max()))
-        counts += [(cache.lengths, torch.tensor(lens)), (cache.positions, torch.tensor(ropes))]
-        for layer in range(len(cache.keys)):
-            for kind, whole in (("key", cache.keys), ("value", cache.values)):
-                if (expected := stored.get(f"{tag}.{kind}{layer}")) is not None:
-                    parts = [whole[layer, r, :, :n].transpose(0, 1) for r, n in enumerate(lens)]
-                    tensors.append((torch.cat(parts), expected))
-    yield exact(f"{name}.lengths_and_positions", counts)
-    yield close(f"{name}.keys_and_values", CACHE, tensors)
-
-
-def _stage(golden: Golden, stored: dict[str, Tensor], tag: str, rows: int) -> list[list[Segment]]:
-    """One block per row."""
-    if tag.endswith("text"):
-        lengths = stored[f"{tag}.in.text_token_lens"].tolist()
-        blocks = stored[f"{tag}.in.packed_text_ids"].split(lengths)
-        return [[Text(tuple(block[1:-1].tolist()))] for block in blocks]
-    side = golden.config["vit"]["image_size"] // golden.config["vit"]["patch_size"]
-    lengths = stored[f"{tag}.in.vit_token_seqlens"].tolist()
-    patches = stored[f"{tag}.in.packed_vit_tokens"].split(lengths)
-    positions = stored[f"{tag}.in.packed_vit_position_ids"].split(lengths)
-    assert len(patches) == rows
-    heights = [int(ids.max()) // side + 1 for ids in positions]
-    return [[Image(x, h, len(x) // h)] for x, h in zip(patches, heights, strict=True)]

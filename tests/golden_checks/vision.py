@@ -11,13 +11,14 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from data.transforms import ImageTransform, patchify, to_rgb
+from data.transforms import ImageTransform, to_rgb
 from modeling.attention import packed_plan
 from modeling.autoencoder import AutoEncoder
 from modeling.config import VAEConfig
 from modeling.flow import Guidance, euler, timesteps
 from modeling.layers import (
     patch_position_ids,
+    patchify,
     rope_cos_sin,
     sincos_table_2d,
     timestep_frequencies,
