@@ -13,10 +13,10 @@ Method names, arguments and defaults of the second part are those of the public 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -32,6 +32,7 @@ from data.streams import stream_seed
 from data.transforms import ImageTransform, to_rgb
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel import Bagel, NoGenerationError, latent_position_ids, text_logits
+from modeling.dispatch import Dispatch, Place
 from modeling.drawing import DrawingParams, decode, draw, encode, latent_segment, noise_like
 from modeling.flow import Guidance
 from modeling.generation import (
@@ -66,7 +67,7 @@ class Completion:
 class Interleaved:
     """What the model wrote and drew after one input."""
 
-    pieces: tuple[Piece, ...]  # text and pictures in turn, the last one is text
+    pieces: tuple[Piece, ...]  # text and pictures in turn, text first and (if closing) last
     rollouts: tuple[Rollout, ...]  # one per text
 
     @property
@@ -89,7 +90,7 @@ class InterleaveParams:
     max_new_tokens: visible tokens of each text. temperature: 0 is greedy. max_rounds: pictures; a
     closing text always follows the last. retokenise: feed back the decoded text instead of the
     sampled tokens, as the release does. image_shape: (height, width) where the input has no image;
-    otherwise that of its last one.
+    otherwise that of its last one. closing: False leaves out the text after the last picture.
     """
 
     max_new_tokens: int = 1000
@@ -98,6 +99,7 @@ class InterleaveParams:
     drawing: DrawingParams = DrawingParams(guidance=Guidance(text_scale=3.0))
     retokenise: bool = False
     image_shape: tuple[int, int] = (1024, 1024)
+    closing: bool = True
 
     def __post_init__(self) -> None:
         if self.max_rounds < 0:
@@ -176,16 +178,28 @@ class InterleaveInferencer:
         dtype: torch.dtype = torch.float32,
         weights: Weights = "auto",
         draws: bool = False,
+        *,
+        device_map: Literal["auto"] | Mapping[str, Place] | None = None,
+        max_memory: Mapping[Place, int | str] | None = None,
+        offload_folder: str | Path | None = None,
     ) -> "InterleaveInferencer":
         """Open a checkpoint folder; see `load_pretrained` for errors.
 
         Args:
             draws: also open the generation expert, the latent heads and the VAE.
+            device_map, max_memory, offload_folder: instead of `device`, several devices, by the
+                accelerate library; see `Dispatch` in modeling/dispatch.py for meaning and errors.
+                The weights go through CPU memory, all of them at a time.
 
         Raises:
             NoGenerationError: `draws`, but the folder has no latent heads.
             CheckpointError: `draws`, but the folder has no VAE.
         """
+        dispatch = None
+        if device_map is not None:
+            if torch.device(device).type != "cpu":
+                raise ValueError(f"device={device} and device_map exclude each other: give one")
+            dispatch = Dispatch(device_map, max_memory, offload_folder)
         experts = "all" if draws else "und"
         model = load_pretrained(path, weights, experts, dtype=dtype, device=device)
         if draws and not model.can_draw:
@@ -193,7 +207,9 @@ class InterleaveInferencer:
                 f"{path} cannot draw: it has no latent heads (vae2llm, llm2vae, time_embedder). "
                 "It answers in text (draws=False); to draw, open a checkpoint that has them"
             )
-        vae_model = load_autoencoder(path, dtype, device) if draws else None
+        if dispatch is not None:
+            model = dispatch.place(model)
+        vae_model = load_autoencoder(path, dtype, model.device) if draws else None
         return cls.of(model, Processor.from_pretrained(path), vae_model)
 
     # ---- text alone ------------------------------------------------------------------------------
@@ -249,6 +265,7 @@ class InterleaveInferencer:
         seeds: Sequence[int] | None = None,
         think: bool = True,
         progress: bool = False,
+        given: Sequence[Sequence[PIL.Image.Image]] | None = None,
     ) -> list[Interleaved]:
         """Think, draw, think: every input is answered in texts with pictures between them.
 
@@ -261,6 +278,8 @@ class InterleaveInferencer:
                 depend on the rows beside it.
             think: put the system prompt first.
             progress: show a bar.
+            given: per row pictures that are shown in place of the first ones it would draw, to see
+                what it makes of them.
 
         Raises:
             NoGenerationError: the model or the VAE is missing.
@@ -280,7 +299,7 @@ class InterleaveInferencer:
         cache = self._open([context[0] for context in contexts])
         active = rows
         with tqdm(disable=not progress, unit="step", dynamic_ncols=True) as bar:
-            for number in range(params.max_rounds + 1):
+            for number in range(params.max_rounds + params.closing):
                 self._write(active, cache, params, number, bar)
                 if number == params.max_rounds:
                     break
@@ -290,12 +309,15 @@ class InterleaveInferencer:
                     break
                 spoken = [[Text(self._spoken(row, params))] for row in active]
                 cache = self._extended(cache.select(places), spoken)
-                pictures = self._draw(active, cache, guided, params.drawing, number, bar)
+                pictures = self._given(active, given, number) or self._draw(
+                    active, cache, guided, params.drawing, number, bar
+                )
                 shown = []
                 for row, picture in zip(active, pictures, strict=True):
                     row.pieces.append(picture)
                     shown.append(self._image(picture, row.seed, number + 1))
-                cache = self._extended(cache, shown)
+                if number + 1 < params.max_rounds + params.closing:
+                    cache = self._extended(cache, shown)
         return [Interleaved(tuple(row.pieces), tuple(row.rollouts)) for row in rows]
 
     def _contexts(
@@ -401,6 +423,17 @@ class InterleaveInferencer:
         if params.retokenise:
             return tuple(self.processor.tokenizer.encode(row.pieces[-1]))
         return row.rollouts[-1].token_ids
+
+    def _given(
+        self,
+        rows: Sequence[_Row],
+        given: Sequence[Sequence[PIL.Image.Image]] | None,
+        number: int,
+    ) -> list[PIL.Image.Image]:
+        """The `number`-th given picture of every row; none where a row has fewer."""
+        if given is None or any(len(given[row.number]) <= number for row in rows):
+            return []
+        return [drawing_size(given[row.number][number], self.processor) for row in rows]
 
     def _draw(
         self,
@@ -557,7 +590,7 @@ class InterleaveInferencer:
     def next_token_logits(self, gen_context: GenContext) -> Tensor:
         """(1, V) logits of the first token of a text that would follow."""
         cache = gen_context.cache.select([0], gen_context.cache.extent + 1)
-        start = torch.tensor([self.processor.tokenizer.special.bos], device=cache.keys.device)
+        start = torch.tensor([self.processor.tokenizer.special.bos], device=cache.device)
         with torch.no_grad():
             return self.model(decode_batch(start, cache.positions), cache, text_logits)
 

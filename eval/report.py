@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.figures import quickstart_figure
+from eval.interleaved import columns
+from eval.session import markdown_table
 from eval.statistics import OVERALL
 from train.config import UsageError
 from train.records import read_records, run_info, write_atomic
@@ -59,7 +61,9 @@ def collect(folder: Path) -> dict[str, Any]:
             tasks[record["task"]]["accuracy"][name] = {
                 key: record["values"][key] for key in ACCURACY_VALUES
             }
-    return {"tasks": tasks, "files": origins}
+    pictures = _read(folder / "interleaved" / "table.json", origins, folder)
+    systems = {record["id"]: record["values"] for record in pictures}
+    return {"tasks": tasks, "interleaved": systems, "files": origins}
 
 
 def _read(file: Path, origins: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -112,12 +116,14 @@ def markdown(summary: dict[str, Any]) -> str:
         "",
         f"Accuracy in %, with 95 % intervals: greedy decoding of {n} test items per task.",
         "",
-        *table(["task", *ACCURACY.values()], {t: _accuracies(row) for t, row in tasks.items()}),
+        *markdown_table(
+            ["task", *ACCURACY.values()], {t: _accuracies(row) for t, row in tasks.items()}
+        ),
         "",
         f"K_gen, the KL between the base with and without VTs, in nats per token on {texts} data "
         "set texts per task, and the share of it that training closed, with 95 % intervals.",
         "",
-        *table(
+        *markdown_table(
             ["task", "K_gen of the base", "gap closed, OPSD", "gap closed, noise control"],
             {task: _gaps(row["gap_dataset"]) for task, row in tasks.items()},
         ),
@@ -128,6 +134,10 @@ def markdown(summary: dict[str, Any]) -> str:
         "The noise control is expected to end near the base's accuracy with noise VTs. "
         "Overall is the mean over tasks. One seed; the spread over seeds is not in these tables.",
         *([f"\n{unusable} unusable rows were passed over, see summary.json."] if unusable else []),
+        "",
+        "Thinking in pictures against text alone, single samples (median of paired runs):",
+        "",
+        *markdown_table(*columns(summary["interleaved"])),
         "",
         f"Seed {summary['seed']}, commit {commits}. Files and what wrote them:",
         "",
@@ -159,23 +169,6 @@ def _gaps(gap: dict[str, Any]) -> list[str]:
 
 def _share(value: float) -> str:
     return f"{100 * value:.0f} %"
-
-
-def table(header: Sequence[str], rows: dict[str, Sequence[str]]) -> list[str]:
-    """Lines of a markdown table, padded so that it can be read in a terminal as well.
-
-    Args:
-        header: one title per column, that of the row names first.
-        rows: row name -> the other cells.
-    """
-    lines = [header, *([task, *cells] for task, cells in rows.items())]
-    first, *others = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
-    padded = [
-        [name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))]
-        for name, *cells in lines
-    ]
-    return [f"| {' | '.join(cells)} |" for cells in padded]
 
 
 def write_summary(folder: Path, checkpoints: Path, seed: int) -> dict[str, Any]:

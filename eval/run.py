@@ -2,6 +2,9 @@
 
     python -m eval.run --model_path DIR --split test --output_dir results/accuracy
 
+--context says what the model sees. With `interleaved` it draws visual thoughts and reads them, with
+`interleaved_true` it is shown those of the data set in their place.
+
 Writes predictions.jsonl (a record per sample) and scores.json (a record per task, then overall).
 """
 
@@ -24,7 +27,9 @@ from data.parquet import SPLITS, ParquetSource, RowReader, iter_examples
 from data.processor import Processor
 from data.streams import stream_seed
 from eval.session import (
+    add_drawing_flags,
     announce,
+    drawing_params,
     open_sources,
     origin,
     parser_of,
@@ -34,7 +39,7 @@ from eval.session import (
     unusable_rows,
 )
 from eval.statistics import OVERALL, wilson_interval
-from inferencer import Completion, InterleaveInferencer
+from inferencer import Completion, Interleaved, InterleaveInferencer, InterleaveParams
 from modeling.generation import SamplingParams
 from modeling.sequence import Segment
 from train.config import DTYPES, UsageError
@@ -43,6 +48,9 @@ from train.session import exit_on_user_error
 
 # Context -> its visual thoughts; None is the student's, without the prompts around them as well.
 CONTEXTS = {"student": None, "teacher": "real", "teacher_noise": "noise", "prompts_only": "none"}
+
+
+INTERLEAVED = ("interleaved", "interleaved_true")
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Prediction:
     tokens: int
     ended_by: str
     skips: int
+    pictures: int  # drawn or, with interleaved_true, shown
     seconds: float  # of its batch, preprocessing included, divided by the batch
 
 
@@ -68,6 +77,43 @@ def context_of(example: Example, processor: Processor, context: str, seed: int) 
         return student_context(example, processor)
     noise_seed = stream_seed(seed, "noise", example.key) if vt == "noise" else None
     return teacher_context(example, processor, vt, noise_seed)
+
+
+def predict_interleaved(
+    inferencer: InterleaveInferencer,
+    examples: Sequence[Example],
+    params: InterleaveParams,
+    seed: int,
+    true_pictures: bool = False,
+) -> list[tuple[Prediction, Interleaved]]:
+    """Write, draw and score one batch."""
+    seeds = [stream_seed(seed, "rollout", example.key) for example in examples]
+    suffix = inferencer.processor.prompts.instruction_suffix
+    given = [example.visual_thoughts for example in examples] if true_pictures else None
+    start = time.perf_counter()
+    inputs = [[example.problem_image, example.question + suffix] for example in examples]
+    answers = inferencer.interleave_batch(inputs, params, seeds, given=given)
+    seconds = (time.perf_counter() - start) / len(examples)
+    return [
+        (_interleaved(example, answer, seconds), answer)
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+
+
+def _interleaved(example: Example, answer: Interleaved, seconds: float) -> Prediction:
+    return Prediction(
+        task=example.source,
+        id=example.key,
+        gold=example.answer,
+        text=answer.text,
+        answer=answer.answer,
+        correct=answer.answer is not None and answers_match(answer.answer, example.answer),
+        tokens=sum(len(rollout.token_ids) for rollout in answer.rollouts),
+        ended_by=answer.rollouts[-1].ended_by,
+        skips=0,
+        pictures=len(answer.pictures),
+        seconds=seconds,
+    )
 
 
 def predict(
@@ -102,6 +148,7 @@ def score(example: Example, completion: Completion, seconds: float) -> Predictio
         tokens=len(rollout.token_ids),
         ended_by=rollout.ended_by,
         skips=rollout.skips,
+        pictures=0,
         seconds=seconds,
     )
 
@@ -120,6 +167,7 @@ def task_scores(predictions: Sequence[Prediction]) -> dict[str, float | int]:
         "budget_rate": fmean(p.ended_by == "budget" for p in predictions),
         "mean_tokens": fmean(p.tokens for p in predictions),
         "mean_skips": fmean(p.skips for p in predictions),
+        "mean_pictures": fmean(p.pictures for p in predictions),
         "seconds_per_sample": fmean(p.seconds for p in predictions),
     }
 
@@ -143,7 +191,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, sources: MixtureConfig) -> None:
         self.args, self.sources = args, sources
         self.fields = Fields(
-            visual_thoughts=CONTEXTS[args.context] in ("real", "noise"),
+            visual_thoughts=args.context in ("teacher", "teacher_noise", "interleaved_true"),
             thoughts=False,
             full_text_only_thought=False,
             max_rounds=sources.max_reference_rounds,
@@ -197,14 +245,22 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
         name = "bfloat16" if device.type == "cuda" else "float32"
     total = len(evaluation)  # asks for the data before the model is loaded
     inferencer = InterleaveInferencer.from_pretrained(
-        args.model_path, device, DTYPES[name], args.weights
+        args.model_path, device, DTYPES[name], args.weights, draws=args.context in INTERLEAVED
     )
     announce(args.model_path, args.weights, inferencer.model)
     params = SamplingParams(args.max_new_tokens, args.temperature, args.eval_image_skips)
+    drawing = InterleaveParams(
+        args.max_new_tokens, args.temperature, args.max_rounds, drawing_params(args)
+    )
     predictions: list[Prediction] = []
     with tqdm(total=total, desc=args.context, unit="sample", dynamic_ncols=True) as bar:
         for batch in evaluation.batches():
-            predictions += predict(inferencer, batch, args.context, params, args.seed)
+            if args.context in INTERLEAVED:
+                true = args.context == "interleaved_true"
+                scored = predict_interleaved(inferencer, batch, drawing, args.seed, true)
+                predictions += [prediction for prediction, _ in scored]
+            else:
+                predictions += predict(inferencer, batch, args.context, params, args.seed)
             bar.update(len(batch))
     scores = all_scores(predictions)
     for task, row in scores.items():
@@ -262,7 +318,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--split", choices=SPLITS, default="test")
     add("--limit_per_task", type=int, help="first rows of each source; default: all")
-    add("--context", choices=tuple(CONTEXTS), default="student", help="what the model sees")
+    add(
+        "--context",
+        choices=(*CONTEXTS, *INTERLEAVED),
+        default="student",
+        help="what the model sees",
+    )
     add("--max_new_tokens", type=int, default=1024)
     add("--batch_size", type=int, default=1, help="rows decoded together")
     add("--eval_image_skips", type=int, default=0, help="rounds granted after a picture request")
@@ -274,6 +335,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="auto = bfloat16 on cuda, float32 on cpu",
     )
+    add_drawing_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -13,7 +13,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from eval.figures import quickstart_figure
-from eval.report import ACCURACY, ARMS, DIAGNOSTICS, table
+from eval.report import ACCURACY, ARMS, DIAGNOSTICS
+from eval.session import markdown_table
 from eval.statistics import OVERALL
 from train.config import UsageError
 from train.records import run_info, write_atomic
@@ -124,16 +125,16 @@ def markdown(merged: dict[str, Any]) -> str:
         "OPSD is above the untrained base and above the noise control. The noise control is "
         "expected to end near the base's accuracy with noise VTs.",
         "",
-        *table(["task", *ACCURACY.values(), "OPSD - base", "OPSD - noise"], accuracy),
+        *markdown_table(["task", *ACCURACY.values(), "OPSD - base", "OPSD - noise"], accuracy),
         "",
         "Overall accuracy by seed:",
         "",
-        *table(["", *ACCURACY.values()], per_seed),
+        *markdown_table(["", *ACCURACY.values()], per_seed),
         "",
         "K_gen of the base in nats per token on data set texts, and the share of the gap that "
         "OPSD and the noise control closed, in %: on data set texts and on the base's own samples.",
         "",
-        *table(["task", "K_gen of the base", *columns], gaps),
+        *markdown_table(["task", "K_gen of the base", *columns], gaps),
         "",
         f"Commits: {', '.join(merged['commits'])}. Each seed's own summary names its commands:",
         "",

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,6 +12,8 @@ from data.mixture import MixtureConfig
 from data.parquet import RowReader
 from eval.statistics import OVERALL
 from modeling.bagel import Bagel
+from modeling.drawing import DrawingParams
+from modeling.flow import Guidance, Renorm
 from modeling.pretrained import Weights, find_weights
 from train.config import UsageError
 from train.records import checkpoint_name, config_hash, run_info
@@ -39,6 +41,31 @@ def parser_of(module: str, description: str) -> argparse.ArgumentParser:
     )
     add("--output_dir", required=True, help="results are written here")
     return parser
+
+
+def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    """How visual thoughts are drawn; defaults are those of the public inferencer."""
+    add = parser.add_argument
+    add("--num_timesteps", type=int, default=50, help="grid points from noise to picture")
+    add("--timestep_shift", type=float, default=3.0, help="moves the flow times towards noise")
+    add("--cfg_text_scale", type=float, default=3.0, help="guidance by text; 1 = no guidance")
+    add("--cfg_img_scale", type=float, default=1.5, help="guidance by images; 1 = without")
+    add("--cfg_interval", type=float, nargs=2, default=[0.4, 1.0], help="flow times with guidance")
+    add("--cfg_renorm_type", choices=get_args(Renorm), default="global", help="of the guidance")
+    add("--cfg_renorm_min", type=float, default=0.0, help="least factor of the renormalisation")
+    add("--max_rounds", type=int, default=3, help="pictures at most; a closing text follows")
+
+
+def drawing_params(args: argparse.Namespace, guided: bool = True) -> DrawingParams:
+    """What `add_drawing_flags` read; without guidance if `guided` is false."""
+    guidance = Guidance(
+        args.cfg_text_scale if guided else 1.0,
+        args.cfg_img_scale,
+        tuple(args.cfg_interval),
+        args.cfg_renorm_type,
+        args.cfg_renorm_min,
+    )
+    return DrawingParams(args.num_timesteps, args.timestep_shift, guidance)
 
 
 def pick_device(name: str) -> torch.device:
@@ -122,3 +149,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         for line in lines
     )
+
+
+def markdown_table(header: Sequence[str], rows: dict[str, Sequence[str]]) -> list[str]:
+    """Lines of a markdown table, padded so that it can be read in a terminal as well.
+
+    Args:
+        header: one title per column, that of the row names first.
+        rows: row name -> the other cells.
+    """
+    lines = [header, *([name, *cells] for name, cells in rows.items())]
+    first, *others = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    padded = [
+        [name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))]
+        for name, *cells in lines
+    ]
+    return [f"| {' | '.join(cells)} |" for cells in padded]

@@ -1,17 +1,19 @@
 """Packed attention behind one interface: SDPA (always), FlexAttention, flash-attn when installed.
 
-A plan is built once per forward and shared by all layers: `plan(q, k, v) -> (T, H, E)`. Who sees
-whom follows from the attention splits of each sample: a query sees everything in earlier splits of
-its sample; inside its own split a "causal" one sees up to itself, a "full" or "noise" one sees all
-of it. Noise splits are invisible from outside. With a cache, new tokens come after the cached ones
-(bottom-right alignment).
+A plan is built once per forward and shared by all layers: `plan(q, k, v) -> (T, H, E)`; where these
+are spread over devices, `plan.to(device)` is built once for each. Who sees whom follows from the
+attention splits of each sample: a query sees everything in earlier splits of its sample; inside its
+own split a "causal" one sees up to itself, a "full" or "noise" one sees all of it. Noise splits are
+invisible from outside. With a cache, new tokens come after the cached ones (bottom-right
+alignment).
 
 Legend: T packed tokens, B samples (cache rows), L padded length, S key slots, H heads, K kv-heads,
 E head_dim.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +25,30 @@ from modeling.sequence import Split
 
 Backend = Literal["sdpa", "flex", "flash"]
 Samples = Sequence[Sequence[Split]]
-Plan = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Plan(ABC):
+    """The attention of one forward, for tensors on `device`."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._elsewhere: dict[torch.device, Plan] = {}
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, E) -> (T, H, E); k and v are (T, K, E), or cache views."""
+
+    @abstractmethod
+    def _rebuilt(self, device: torch.device) -> "Plan": ...
+
+    def to(self, device: torch.device | str | int) -> "Plan":
+        """The same attention for tensors on another device; built when first asked for."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self._rebuilt(device)
+        return self._elsewhere[device]
 
 
 def packed_plan(samples: Samples, device: torch.device | str, backend: Backend = "sdpa") -> Plan:
@@ -50,8 +75,8 @@ def _token_rules(splits: Sequence[Split]) -> tuple[Tensor, Tensor, Tensor]:
     lengths = torch.tensor([split.length for split in splits], dtype=torch.long)
     ends = lengths.cumsum(0) - 1
     block = torch.repeat_interleave(torch.arange(len(splits)), lengths)
-    causal = torch.tensor([split.mode == "causal" for split in splits])[block]
-    noise = torch.tensor([split.mode == "noise" for split in splits])[block]
+    causal = torch.tensor([split.mode == "causal" for split in splits], dtype=torch.bool)[block]
+    noise = torch.tensor([split.mode == "noise" for split in splits], dtype=torch.bool)[block]
     return torch.where(causal, torch.arange(len(block)), ends[block]), block, noise
 
 
@@ -88,10 +113,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
-class SDPAPlan:
+class SDPAPlan(Plan):
     """Pads samples to one length and masks; exact for every mix of splits."""
 
     def __init__(self, samples: Samples, device: torch.device | str) -> None:
+        super().__init__(device)
+        self.samples = samples
         lengths = [sum(split.length for split in splits) for splits in samples]
         self.padding = _Padding(lengths, device)
         all_full = all(len(splits) == 1 and splits[0].mode != "causal" for splits in samples)
@@ -104,6 +131,9 @@ class SDPAPlan:
         q, k, v = (self.padding.pad(x).transpose(1, 2) for x in (q, k, v))
         out = _sdpa(q, k, v, self.mask).transpose(1, 2)  # (B, L, H, E)
         return self.padding.unpad(out)
+
+    def _rebuilt(self, device: torch.device) -> "SDPAPlan":
+        return SDPAPlan(self.samples, device)
 
 
 def _padded_mask(samples: Samples, longest: int, device: torch.device | str) -> Tensor:
@@ -125,10 +155,12 @@ def _padded_mask(samples: Samples, longest: int, device: torch.device | str) -> 
     return mask[:, None]
 
 
-class FlexPlan:
+class FlexPlan(Plan):
     """FlexAttention over the packed sequence: no padding, mask blocks built from the splits."""
 
     def __init__(self, samples: Samples, device: torch.device | str) -> None:
+        super().__init__(device)
+        self.samples = samples
         limits, blocks, noises, owners, start = [], [], [], [], 0
         for row, splits in enumerate(samples):
             limit, block, noise = _token_rules(splits)
@@ -155,11 +187,15 @@ class FlexPlan:
         out = self.kernel(q, k, v, block_mask=self.block_mask, enable_gqa=grouped)
         return out[0].transpose(0, 1)
 
+    def _rebuilt(self, device: torch.device) -> "FlexPlan":
+        return FlexPlan(self.samples, device)
 
-class FlashPlan:
+
+class FlashPlan(Plan):
     """flash-attn, one call per split over the prefix it sees: exact, no mask, no copies of keys."""
 
     def __init__(self, samples: Samples) -> None:
+        super().__init__("cuda")
         try:
             self.kernel = importlib.import_module("flash_attn").flash_attn_func
         except ImportError as error:
@@ -188,8 +224,11 @@ class FlashPlan:
         ]
         return torch.cat(parts)
 
+    def _rebuilt(self, device: torch.device) -> "FlashPlan":
+        return self  # it holds no tensors
 
-class CachedPlan:
+
+class CachedPlan(Plan):
     """Attention of new tokens over cached plus new keys; knows where new keys are to be stored.
 
     Lengths of the cached part are read on the device only, so building a plan never waits for it.
@@ -201,7 +240,9 @@ class CachedPlan:
         lengths: (B,) tokens cached so far, on the device.
         extent: host-side upper bound of cached + new tokens of any row.
         """
-        device = lengths.device
+        super().__init__(lengths.device)
+        self.samples, self.lengths = samples, lengths
+        device = self.device
         new = [sum(split.length for split in splits) for splits in samples]
         self.padding = _Padding(new, device)
         if self.padding.longest == 1:  # decoding: each new token sees itself and all before it
@@ -228,3 +269,6 @@ class CachedPlan:
         """q (T, H, E); k and v are cache views (B, K, S, E) that already hold the new tokens."""
         q = self.padding.pad(q).transpose(1, 2)
         return self.padding.unpad(_sdpa(q, k, v, self.mask).transpose(1, 2))
+
+    def _rebuilt(self, device: torch.device) -> "CachedPlan":
+        return CachedPlan(self.samples, self.lengths.to(device), self.extent)

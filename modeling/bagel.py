@@ -55,6 +55,19 @@ class Bagel(nn.Module):
             self.latent_pos_embed = PositionTable(config.max_latent_size, D)
 
     @property
+    def device(self) -> torch.device:
+        """Where batches go and outputs lie. The weights, too, unless layers have devices of their
+        own: then that of the first layer, and a weight may lie anywhere.
+        """
+        spread = self.language_model.model.layer_devices
+        return spread[0] if spread else self.language_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of keys and values in a cache."""
+        return self.language_model.lm_head.weight.dtype
+
+    @property
     def can_draw(self) -> bool:
         """Whether the latent heads are there, and with them the generation expert."""
         return hasattr(self, "llm2vae")

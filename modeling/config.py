@@ -136,12 +136,15 @@ class BagelConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> "BagelConfig":
-        """Read `llm_config.json` and `vit_config.json` of a checkpoint folder."""
-        return cls(
-            llm=_read(LLMConfig, Path(path) / "llm_config.json"),
-            vit=_read(ViTConfig, Path(path) / "vit_config.json"),
-            **overrides,
-        )
+        """Read `llm_config.json`, `vit_config.json` and, if it is there, `vae_config.json` of a
+        checkpoint folder.
+        """
+        parts = {
+            "llm": _read(LLMConfig, Path(path) / "llm_config.json"),
+            "vit": _read(ViTConfig, Path(path) / "vit_config.json"),
+            "latent_channels": VAEConfig.from_pretrained(path).z_channels,
+        }
+        return cls(**parts | overrides)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the two json files so that `from_pretrained` gives this configuration back."""

@@ -98,7 +98,7 @@ def draw(
     patch = model.config.latent_patch_size
     B, _, height, width = noise.shape
     height, width = height // patch, width // patch
-    x = torch.stack([patchify(picture, patch) for picture in noise]).to(context.keys.device)
+    x = torch.stack([patchify(picture, patch) for picture in noise]).to(context.device)
     times = timesteps(params.num_timesteps, params.timestep_shift)
     branches = params.guidance.contexts()
     caches = [context, without_text, without_images][:branches]

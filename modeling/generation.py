@@ -101,9 +101,9 @@ def open_cache(
     model: Bagel, contexts: Sequence[Sequence[Segment]], tokens: SpecialTokens, room: int
 ) -> KVCache:
     """A cache that holds one context per row, with `room` slots behind the longest."""
-    weight = model.language_model.lm_head.weight
+    device = model.language_model.model.layer_devices or model.device
     capacity = max(sum(map(segment_length, segments)) for segments in contexts) + room
-    cache = KVCache(model.config.llm, len(contexts), capacity, weight.dtype, weight.device)
+    cache = KVCache(model.config.llm, len(contexts), capacity, model.dtype, device)
     extend(model, cache, contexts, tokens)
     return cache
 
@@ -116,10 +116,10 @@ def extend(
     batch = pack(contexts, tokens)
     if not len(batch):
         return
-    batch = batch.to(cache.keys.device).after(cache.positions)
+    batch = batch.to(cache.device).after(cache.positions)
     model(batch, kv_cache=cache)
-    following = torch.tensor(batch.next_positions, device=cache.keys.device)
-    lengths = torch.tensor(batch.sample_lens, device=cache.keys.device)
+    following = torch.tensor(batch.next_positions, device=cache.device)
+    lengths = torch.tensor(batch.sample_lens, device=cache.device)
     cache.advance(lengths, cache.positions + following, max(batch.sample_lens))
 
 
@@ -132,7 +132,7 @@ def decoding_room(model: Bagel, params: SamplingParams, limit: int) -> int:
 
 def _look_every(model: Bagel) -> int:
     # a look costs a device synchronisation on an accelerator and nothing on the CPU
-    return 1 if model.language_model.lm_head.weight.device.type == "cpu" else 16
+    return 1 if model.device.type == "cpu" else 16
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ class _Decoder:
         limits: Sequence[int],
     ) -> None:
         self.model, self.tokenizer, self.params, self.seeds = model, tokenizer, params, seeds
-        device, B = cache.keys.device, len(cache)
+        device, B = cache.device, len(cache)
         self.look_every = _look_every(model)
         # sampled tokens of a row, closing ones included
         self.most = max(limits) + params.max_image_skips + 1

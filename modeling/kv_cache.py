@@ -1,9 +1,11 @@
-"""Preallocated, batched, ragged KV cache: rows of different lengths, append in place.
+"""Preallocated, batched, ragged KV cache: rows of different lengths, append in place, each layer's
+keys and values on the device of the layer.
 
 Legend: B rows, T new tokens, S key slots, K kv-heads, E head_dim.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,12 +14,26 @@ from modeling.attention import CachedPlan, Samples
 from modeling.config import LLMConfig
 
 
+@dataclass(frozen=True)
+class Store:
+    """The layers of one device."""
+
+    keys: Tensor  # (layers, B, K, capacity, E), after norm and rotation
+    values: Tensor  # (layers, B, K, capacity, E)
+
+
 class KVCache:
-    """Keys (after norm and rotation) and values of every layer, `(layers, B, K, capacity, E)`.
+    """Keys (after norm and rotation) and values of every layer, and how many of them count.
 
     `append` writes the new tokens of a forward behind each row's cached ones; only `advance` makes
     them count. A forward without `advance` therefore leaves the cache as it was (its slots are
     written again by the next one).
+
+    `keys` and `values` are those of all layers, unless these are spread over several devices: then
+    of the ones that are on the first layer's (`device`, which has lengths and positions as well).
+
+    Args:
+        device: of all layers, or one for each.
     """
 
     def __init__(
@@ -26,25 +42,35 @@ class KVCache:
         batch: int,
         capacity: int,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
     ) -> None:
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            config.num_key_value_heads,
-            capacity,
-            config.head_dim,
-        )
-        # zeros, not empty: masked slots are multiplied by zero weights and must be finite
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.positions = torch.zeros(batch, dtype=torch.long, device=device)
+        layers = config.num_hidden_layers
+        if isinstance(device, (torch.device, str)):
+            device = [device] * layers
+        if len(device) != layers:
+            raise ValueError(f"{len(device)} devices for {layers} layers: give one for each")
+        devices = [torch.device(one) for one in device]
+        shape = batch, config.num_key_value_heads, capacity, config.head_dim
+        # per layer: its device, and its place among the layers there
+        self.places = tuple((home, devices[:i].count(home)) for i, home in enumerate(devices))
+        stores = {
+            home: _zeros(devices.count(home), shape, dtype, home) for home in dict.fromkeys(devices)
+        }
+        first = stores.pop(devices[0])
+        self.keys, self.values = first.keys, first.values  # of the layers on the first device
+        self.others = stores  # of layers on other devices
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=devices[0])
+        self.positions = torch.zeros(batch, dtype=torch.long, device=devices[0])
         self.capacity = capacity
         self.extent = 0  # host-side upper bound of `lengths`
 
     def __len__(self) -> int:
-        return self.keys.shape[1]
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where lengths and positions are: the device of the first layer."""
+        return self.lengths.device
 
     def plan(self, samples: Samples) -> CachedPlan:
         """Plan for appending `samples` (one entry per row)."""
@@ -56,8 +82,14 @@ class KVCache:
         return CachedPlan(samples, self.lengths, extent)
 
     def append(self, layer: int, k: Tensor, v: Tensor, plan: CachedPlan) -> tuple[Tensor, Tensor]:
-        """Store (T, K, E) keys and values; return views (B, K, S, E) of all that may be seen."""
-        keys, values = self.keys[layer], self.values[layer]
+        """Store (T, K, E) keys and values; return views (B, K, S, E) of all that may be seen.
+
+        Args:
+            plan: that of this forward, on the device of the layer.
+        """
+        device, place = self.places[layer]
+        store = self.others.get(device, self)
+        keys, values = store.keys[place], store.values[place]
         keys[plan.rows, :, plan.slots] = k.to(keys.dtype)
         values[plan.rows, :, plan.slots] = v.to(values.dtype)
         return keys[:, :, : plan.extent], values[:, :, : plan.extent]
@@ -81,6 +113,11 @@ class KVCache:
         """
         part = object.__new__(KVCache)
         part.keys, part.values = self.keys[:, :rows], self.values[:, :rows]
+        part.others = {
+            device: Store(store.keys[:, :rows], store.values[:, :rows])
+            for device, store in self.others.items()
+        }
+        part.places = self.places
         part.lengths, part.positions = self.lengths[:rows], self.positions[:rows]
         part.capacity, part.extent = self.capacity, self.extent
         return part
@@ -99,21 +136,47 @@ class KVCache:
         extent = max(part.extent for part, _ in parts)
         if extent > capacity:
             raise ValueError(f"cache of {capacity} slots per row cannot hold {extent}")
-        model = parts[0][0]
-        total = sum(len(rows) for _, rows in parts)
-        layers, _, heads, _, size = model.keys.shape
+        caches = [part for part, _ in parts]
+        indices = [torch.tensor(list(rows), dtype=torch.long) for _, rows in parts]
+        extents = [cache.extent for cache in caches]
         joint = object.__new__(KVCache)
-        joint.keys = model.keys.new_zeros(layers, total, heads, capacity, size)
-        joint.values = torch.zeros_like(joint.keys)
-        lengths, positions, start = [], [], 0
-        for part, rows in parts:
-            index = torch.tensor(list(rows), dtype=torch.long, device=part.keys.device)
-            here, used = slice(start, start + len(index)), slice(part.extent)
-            joint.keys[:, here, :, used] = part.keys[:, index, :, used]
-            joint.values[:, here, :, used] = part.values[:, index, :, used]
-            lengths.append(part.lengths[index])
-            positions.append(part.positions[index])
-            start += len(index)
-        joint.lengths, joint.positions = torch.cat(lengths), torch.cat(positions)
+        first = _joined(caches, indices, extents, capacity)
+        joint.keys, joint.values = first.keys, first.values
+        joint.others = {
+            device: _joined([cache.others[device] for cache in caches], indices, extents, capacity)
+            for device in caches[0].others
+        }
+        joint.places = caches[0].places
+        chosen = [
+            (cache, index.to(cache.device)) for cache, index in zip(caches, indices, strict=True)
+        ]
+        joint.lengths = torch.cat([cache.lengths[index] for cache, index in chosen])
+        joint.positions = torch.cat([cache.positions[index] for cache, index in chosen])
         joint.capacity, joint.extent = capacity, extent
         return joint
+
+
+def _zeros(layers: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Store:
+    # zeros, not empty: masked slots are multiplied by zero weights and must be finite
+    keys = torch.zeros(layers, *shape, dtype=dtype, device=device)
+    return Store(keys, torch.zeros_like(keys))
+
+
+def _joined(
+    stores: Sequence["Store | KVCache"],
+    indices: Sequence[Tensor],
+    extents: Sequence[int],
+    capacity: int,
+) -> Store:
+    """Copies of the given rows of stores on one device, one store after another."""
+    layers, _, heads, _, size = stores[0].keys.shape
+    total = sum(map(len, indices))
+    keys = stores[0].keys.new_zeros(layers, total, heads, capacity, size)
+    joint, start = Store(keys, torch.zeros_like(keys)), 0
+    for store, index, extent in zip(stores, indices, extents, strict=True):
+        rows = index.to(keys.device)
+        here, used = slice(start, start + len(rows)), slice(extent)
+        joint.keys[:, here, :, used] = store.keys[:, rows, :, used]
+        joint.values[:, here, :, used] = store.values[:, rows, :, used]
+        start += len(rows)
+    return joint

@@ -3,7 +3,8 @@ generation expert.
 
 Text and image-understanding tokens run through the understanding weights, VAE latent tokens through
 the `*_moe_gen` weights; attention is joint. Attribute names are the released state-dict keys. One
-forward serves packed training and cached decoding.
+forward serves packed training and cached decoding. The layers may be on several devices
+(`Qwen2MoT.layer_devices`): what they share is then brought to each device once per forward.
 
 Legend: T packed tokens, D hidden, H heads, K kv-heads, E head_dim.
 """
@@ -36,6 +37,9 @@ class Route:
         out = out_und.new_empty(len(x), *out_und.shape[1:])
         out = out.index_copy(0, self.und_index, out_und)
         return out.index_copy(0, self.gen_index, out_gen)
+
+    def to(self, device: torch.device | str | int) -> "Route":
+        return Route(self.und_index.to(device), self.gen_index.to(device))
 
 
 def routed(route: Route | None, und: nn.Module, gen: nn.Module | None, x: Tensor) -> Tensor:
@@ -130,13 +134,32 @@ class MoTDecoderLayer(nn.Module):
         return x + self._expert("mlp", route, self._expert("post_attention_layernorm", route, x))
 
 
+class _Shared:
+    """What all layers of a forward take, brought to every device once."""
+
+    def __init__(self, rope: tuple[Tensor, Tensor], plan: Plan, route: Route | None) -> None:
+        self.copies = {rope[0].device: (rope, plan, route)}
+
+    def on(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Plan, Route | None]:
+        if device not in self.copies:
+            (cos, sin), plan, route = next(iter(self.copies.values()))
+            route = None if route is None else route.to(device)
+            self.copies[device] = (cos.to(device), sin.to(device)), plan.to(device), route
+        return self.copies[device]
+
+
 class Qwen2MoT(nn.Module):
-    """Token embedding, decoder layers and the final norms."""
+    """Token embedding, decoder layers and the final norms.
+
+    `layer_devices` has one device per layer if they are spread over several, and is empty
+    otherwise. Inputs and outputs are on the device of the first layer.
+    """
 
     def __init__(self, config: LLMConfig, generation: bool = True) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.layer_devices: tuple[torch.device, ...] = ()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             MoTDecoderLayer(config, generation) for _ in range(config.num_hidden_layers)
@@ -161,11 +184,17 @@ class Qwen2MoT(nn.Module):
             raise ValueError("latent tokens need the generation expert: load with experts='all'")
         cos, sin = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
         rope = (cos.to(x.dtype), sin.to(x.dtype))
+        home, shared = x.device, _Shared(rope, plan, route)
         for index, layer in enumerate(self.layers):
+            if self.layer_devices:
+                x = x.to(self.layer_devices[index])
+                rope, plan, route = shared.on(x.device)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, plan, route, use_reentrant=False)
             else:
                 x = layer(x, rope, plan, route, index, kv_cache)
+        if self.layer_devices:
+            x, (_, _, route) = x.to(home), shared.on(home)
         return routed(route, self.norm, None if route is None else self.norm_moe_gen, x)
 
 

@@ -1,20 +1,29 @@
 #!/usr/bin/env bash
-# Remake models/mini-base, the checkpoint that ships with the code: random weights, train.sft on
-# miniature rows, a checkpoint chosen on validation data. Five to ten minutes on two cores.
-#   bash scripts/make_mini_base.sh [--seed N] [OUTPUT]
+# Remake models/mini-base, the checkpoint that ships with the code. First its understanding path:
+# random weights, train.sft on miniature rows, a checkpoint chosen on validation data. Then how it
+# draws: a VAE, and train.sft on interleaved rows, the understanding path staying as it is. Half an
+# hour on two cores.
+#   bash scripts/make_mini_base.sh [--seed N] [--understanding CHECKPOINT] [OUTPUT]
 # The seed is that of data, initial weights and run; seed N > 0 goes to models/mini-base-seedN.
+# --understanding takes that path from a checkpoint and makes the second half only.
 # Checkpoints of an earlier attempt, in checkpoints/mini-base-seedN, are replaced; OUTPUT is not.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO_ROOT"
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-seed=0 output=""
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+seed=0 output="" understanding=""
 while (($#)); do
   case $1 in
     --seed)
       seed=${2:-}
       [[ $seed =~ ^[0-9]+$ ]] || die "--seed takes a number, got '$seed'"
+      shift 2
+      ;;
+    --understanding)
+      understanding=${2:-}
+      [[ -f $understanding/model.safetensors ]] ||
+        die "--understanding takes a checkpoint folder, got '$understanding'"
       shift 2
       ;;
     -h | --help) usage && exit 0 ;;
@@ -36,9 +45,7 @@ if [[ ! -d $VISUAL_OPSD_DATA_ROOT/Chart_Refocus ]]; then
   python -m data.miniworld --output "$VISUAL_OPSD_DATA_ROOT" --seed $((1000 + seed)) \
     --train 20000 --validation 300 --test 300
 fi
-python -m data.miniworld.model --output "$checkpoints/untrained" --seed "$seed"
-OUTPUT_NAME=$name bash scripts/visual_opsd/run_sft_baseline.sh "$checkpoints/untrained" \
-  --preset data/configs/mini_base.yaml --global_seed "$seed" --data_seed "$seed" --overwrite True
+seeds=(--global_seed "$seed" --data_seed "$seed")
 
 accuracy() { # CHECKPOINT CONTEXT: on validation data
   python -m eval.run --model_path "$checkpoints/$1" --context "$2" --split validation \
@@ -58,16 +65,31 @@ sys.exit(min(teacher.values()) < 0.98 or student["overall"] < 0.40)
 PYTHON
 }
 
-# The first checkpoint that is ready. Distillation has nothing to start from before lookups in the
+# Trains the understanding path and sets `understanding` to the first checkpoint that is ready. Distillation has nothing to start from before lookups in the
 # problem image have set in (docs/log.md), and the longer they are trained the less is left to it.
-for checkpoint in $(cd "$checkpoints" && ls -d 0*); do
-  if ((10#$checkpoint < 800)); then continue; fi
-  for context in teacher student; do accuracy "$checkpoint" "$context"; done
-  if ready "$checkpoint"; then
-    mkdir -p "$(dirname -- "$output")"
-    cp -r "$checkpoints/$checkpoint" "$output"
-    say "written $output: step $((10#$checkpoint))"
-    exit 0
-  fi
-done
-die "no checkpoint in $checkpoints read visual thoughts and looked things up; see results/$name"
+train_understanding() {
+  local checkpoint
+  python -m data.miniworld.model --output "$checkpoints/untrained" --seed "$seed"
+  OUTPUT_NAME=$name bash scripts/visual_opsd/run_sft_baseline.sh "$checkpoints/untrained" \
+    --preset data/configs/mini_base.yaml "${seeds[@]}" --overwrite True
+  for checkpoint in $(cd "$checkpoints" && ls -d 0*); do
+    if ((10#$checkpoint < 800)); then continue; fi
+    for context in teacher student; do accuracy "$checkpoint" "$context"; done
+    if ready "$checkpoint"; then
+      understanding=$checkpoints/$checkpoint
+      say "the understanding path is that of step $((10#$checkpoint))"
+      return
+    fi
+  done
+  die "no checkpoint in $checkpoints read visual thoughts and looked things up; see results/$name"
+}
+if [[ -z $understanding ]]; then train_understanding; fi
+
+undrawn=$checkpoints/undrawn drawing=$name-drawing
+python -m data.miniworld.model --output "$undrawn" --seed "$seed" --understanding "$understanding"
+python -m data.miniworld.autoencoder --output "$undrawn" --seed "$seed"
+OUTPUT_NAME=$drawing bash scripts/visual_opsd/run_interleaved_sft.sh "$undrawn" \
+  --preset data/configs/mini_draw.yaml "${seeds[@]}" --overwrite True
+mkdir -p "$(dirname -- "$output")"
+cp -rL "checkpoints/$drawing/latest" "$output"
+say "written $output"

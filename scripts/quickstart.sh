@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded miniature, on a laptop: install, draw data, KL diagnostic, OPSD
-# and its noise control through the launchers, gap closing, accuracy, demo, one table. On the CPU,
-# with or without GPUs.
+# and its noise control through the launchers, gap closing, accuracy, thinking in pictures against
+# text alone, demo, one table. On the CPU, with or without GPUs.
 #   bash scripts/quickstart.sh [--seed N] [--steps N] [--base CHECKPOINT] [--name NAME]
 #   bash scripts/quickstart.sh --seeds N [--steps N]
 # Writes results/NAME/summary.{json,md,png}, NAME being quickstart; less than ten minutes on two
@@ -12,7 +12,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO_ROOT"
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 seed=0 steps="" seeds="" base=models/mini-base name=quickstart
 while (($#)); do
   case $1 in
@@ -70,7 +70,7 @@ launch() { bash "scripts/visual_opsd/$1" "$base" "${@:2}"; }
 # the trainer refuses a folder that holds checkpoints
 rm -rf "$out" "$trained"
 
-step "1/8 data: four task families, parquet shards in the released schema"
+step "1/9 data: four task families, parquet shards in the released schema"
 # the last family that appears: an interrupted drawing leaves an empty folder
 if [[ -d $VISUAL_OPSD_DATA_ROOT/Chart_Refocus ]]; then
   echo "keeping $VISUAL_OPSD_DATA_ROOT"
@@ -78,7 +78,7 @@ else
   python -m data.miniworld --output "$VISUAL_OPSD_DATA_ROOT" --seed "$seed"
 fi
 
-step "2/8 KL diagnostic: do the visual thoughts move the base's predictions (Eq. 4)?"
+step "2/9 KL diagnostic: do the visual thoughts move the base's predictions (Eq. 4)?"
 diagnostic=("${sources[@]}" --split test --batch_size 50 --seed "$seed" --device cpu)
 launch run_kl_diagnostic.sh 400 "$out/kl_base" "${diagnostic[@]}"
 
@@ -88,21 +88,21 @@ if [[ -n $steps ]]; then training+=(--total_steps "$steps"); fi
 if ((${steps:-20} < 20)); then training+=(--warmup_steps $((steps / 2))); fi
 for arm in opsd noise; do
   if [[ $arm == opsd ]]; then
-    step "3/8 OPSD: the student learns from itself with visual thoughts in context"
+    step "3/9 OPSD: the student learns from itself with visual thoughts in context"
     OUTPUT_NAME=$name/$arm launch run_visual_opsd.sh "${training[@]}"
   else
-    step "4/8 control: the same with Gaussian noise for visual thoughts"
+    step "4/9 control: the same with Gaussian noise for visual thoughts"
     OUTPUT_NAME=$name/$arm launch run_visual_opsd_noise.sh "${training[@]}"
   fi
 done
 
-step "5/8 gap closing: how much of the KL is left (Eq. 9)?"
+step "5/9 gap closing: how much of the KL is left (Eq. 9)?"
 students=(--student_path "opsd=$trained/opsd/latest" "noise=$trained/noise/latest")
 launch run_kl_diagnostic.sh 400 "$out/gap_dataset" "${diagnostic[@]}" "${students[@]}"
 launch run_kl_diagnostic.sh 400 "$out/gap_sample" "${diagnostic[@]}" "${students[@]}" \
   --completion sample --max_new_tokens 24
 
-step "6/8 accuracy on test data"
+step "6/9 accuracy on test data"
 accuracy() { # NAME CHECKPOINT CONTEXT
   python -m eval.run --model_path "$2" "${sources[@]}" --split test --context "$3" \
     --max_new_tokens 24 --batch_size 125 --seed "$seed" --device cpu \
@@ -114,9 +114,14 @@ accuracy base_noise_vt "$base" teacher_noise
 accuracy opsd "$trained/opsd/latest" student
 accuracy noise "$trained/noise/latest" student
 
-step "7/8 the student answers a question about an image"
+step "7/9 thinking in pictures against text alone: accuracy and seconds"
+python -m eval.interleaved --model_path "$base" --student_path "$trained/opsd/latest" \
+  "${sources[@]}" --split test --limit_per_task 50 --latency_samples 2 --repeats 3 \
+  --max_new_tokens 24 --batch_size 50 --seed "$seed" --device cpu --output_dir "$out/interleaved"
+
+step "8/9 the student answers a question about an image"
 python -m examples.inference_demo --model_path "$trained/opsd/latest" --device cpu \
   --example Visual_Search --save_image "$out/demo.png" --max_new_tokens 24
 
-step "8/8 summary"
+step "9/9 summary"
 python -m eval.report --results_dir "$out" --checkpoint_dir "$trained" --seed "$seed"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 # importing a module registers its checks
-from tests.golden_checks import decoder, distillation, drawing, names, vision  # noqa: F401
+from tests.golden_checks import decoder, distillation, drawing, names, packing, vision  # noqa: F401
 from tests.golden_checks.core import CHECKS, Absent, Check, Golden, Result
 
 

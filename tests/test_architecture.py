@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# A file imports its own package and lower floors, never a neighbour or a higher one.
+# A file imports its own package and lower floors, never a neighbour or a higher one. On the third
+# floor the inferencer comes before train, whose teacher draws with it.
 FLOORS = {
     "modeling": 1,
     "data": 2,
-    "train": 3,
     "inferencer": 3,
+    "train": 3.5,
     "eval": 4,
     "examples": 4,
     "scripts": 4,
@@ -149,7 +150,7 @@ def test_no_path_edits_and_public_torch_only() -> None:
         ("data", "from modeling.sequence import pack", False),
         ("data", "from eval.scoring import score", True),
         ("train", "from data.answers import answers_match", False),
-        ("train", "import inferencer", True),
+        ("train", "import inferencer", False),
         ("inferencer", "from train.config import Config", True),
         ("eval", "from train.losses import token_kl", False),
         ("eval", "from examples.inference_demo import main", True),

@@ -118,7 +118,7 @@ def test_unparsed_is_wrong_and_counted_apart(world: Path) -> None:
 
 def test_overall_is_the_mean_of_tasks() -> None:
     def prediction(task: str, correct: bool, tokens: int, seconds: float) -> Prediction:
-        return Prediction(task, "", "", "", "", correct, tokens, "eos", 0, seconds)
+        return Prediction(task, "", "", "", "", correct, tokens, "eos", 0, 0, seconds)
 
     rows = [prediction("a", i < 9, 4, 0.1) for i in range(10)] + [
         prediction("b", False, 8, 0.3),
@@ -184,7 +184,8 @@ def test_result_files(world: Path, tmp_path: Path, capsys) -> None:
     assert [r["id"] for r in samples] == first
     assert set(RECORD_FIELDS) <= set(samples[0]) and samples[0]["kind"] == "accuracy"
     assert set(samples[0]["values"]) == {
-        "text", "answer", "gold", "correct", "parsed", "tokens", "ended_by", "skips", "seconds",
+        "text", "answer", "gold", "correct", "parsed", "tokens", "ended_by", "skips", "pictures",
+        "seconds",
         "context", "split", "batch_size",
     }  # fmt: skip
     totals = read_records(tmp_path / "scores.json")

@@ -15,6 +15,7 @@ from train.records import base_record, read_records, write_records
 
 TASKS = ("Visual_Search", "Chart_Refocus", "Spatial_Navigation", "Jigsaw_Assembly", "overall")
 SHARES = {"base": 0.3, "noise": 0.25, "opsd": 0.9, "base_vt": 0.95, "base_noise_vt": 0.28}
+SYSTEM = {"n": 200, "accuracy": 0.625, "low": 0.6, "high": 0.7, "tokens": 17.5, "pictures": 1.0}
 
 
 def estimate(value):
@@ -69,6 +70,12 @@ def results(tmp_path):
             for place, task in enumerate(TASKS)
         ]
         write_records(tmp_path / "accuracy" / name / "scores.json", rows)
+    systems = [
+        record("interleaved", "overall", SYSTEM | {"seconds": seconds, "ratio": seconds / 0.25})
+        | {"id": name}
+        for name, seconds in (("draws", 3.0), ("writes", 0.25))
+    ]
+    write_records(tmp_path / "interleaved" / "table.json", systems)
     return tmp_path
 
 
@@ -113,6 +120,12 @@ def test_summary_files_name_their_origin(results, checkpoints):
         assert saved["files"][file] == training(arm)
     text = (results / "summary.md").read_text()
     assert "`train noise`" in text
+    shown = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
+    ]
+    assert ["system", "accuracy, %", "tokens", "pictures", "seconds", "times writes"] in shown
+    assert ["draws", "62.5 (60 .. 70)", "17.5", "1.00", "3.0000", "12.0"] in shown
+    assert summary["interleaved"]["writes"]["ratio"] == 1.0
     assert f"commit abc, {summary['commit']}." in text  # of the trainings and of this process
     accuracies, gaps = (
         [cell.strip() for cell in line.strip("|").split("|")]

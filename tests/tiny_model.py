@@ -2,8 +2,9 @@
 
 import torch
 
+from modeling.autoencoder import AutoEncoder
 from modeling.bagel import Bagel
-from modeling.config import BagelConfig, LLMConfig, ViTConfig
+from modeling.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from modeling.sequence import Image
 from modeling.tokenizer import SpecialTokens
 
@@ -27,6 +28,8 @@ TINY_CONFIG = BagelConfig(
     ),
     max_latent_size=8,
 )
+# Latent tokens of 4x4 pixels, whose 16 channels are what the model's latent heads take.
+TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)
 
 
 class FakeTokenizer:
@@ -69,6 +72,25 @@ def randomise_(model: Bagel, seed: int = 0) -> Bagel:
 
 def tiny_bagel(seed: int = 0, visual_gen: bool = False) -> Bagel:
     return randomise_(Bagel(TINY_CONFIG, visual_gen=visual_gen), seed).eval()
+
+
+@torch.no_grad()
+def tiny_drawer(seed: int = 0) -> Bagel:
+    """A model with latent heads whose pictures depend on the context as much as on themselves."""
+    model = tiny_bagel(seed, visual_gen=True)
+    for name, parameter in model.named_parameters():
+        if "q_norm_moe_gen" in name:
+            parameter.mul_(6)
+        elif "o_proj_moe_gen" in name:
+            parameter.mul_(30)
+    model.vae2llm.weight.mul_(3)
+    return model.requires_grad_(False)
+
+
+def tiny_autoencoder(seed: int = 0) -> AutoEncoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoEncoder(TINY_VAE).requires_grad_(False)
 
 
 def random_image(height: int, width: int, seed: int = 0, patch_dim: int = 48) -> Image:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.miniworld import autoencoder
 from data.miniworld.model import TRANSFORM, initialise
 from data.miniworld.tokenizer import save_tokenizer
 from data.miniworld.world import TASKS
@@ -19,10 +20,13 @@ from data.miniworld.write import write_shards
 from data.mixture import Drawn
 from data.processor import Processor
 from data.prompts import MINI
+from data.transforms import ImageTransform
 from modeling.bagel import Bagel
 from modeling.config import BagelConfig, LLMConfig, ViTConfig
 from modeling.pretrained import RECOMPUTED, save_pretrained
 from modeling.tokenizer import load_tokenizer
+from tests.data_helpers import cell, png, record, write_source
+from tests.tiny_model import tiny_autoencoder
 from train import opsd, sft
 from train.config import OpsdConfig, SftConfig, parse_opsd, parse_sft
 from train.metrics import OF_THE_MACHINE
@@ -32,6 +36,14 @@ WORLD = World(rank=0, size=1, num_shard=1, device=torch.device("cpu"), compute_d
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 ROWS = 12  # training rows per task family
 PROBES = 3  # validation rows per task family
+VAE_TRANSFORM = ImageTransform(16, 8, 4, 256)  # at most 4x4 latent tokens
+# Rows that draw, from two sources, and rows of text: one, two and no pictures to draw.
+DRAWN = """interleaved_reasoning:
+  dataset_names: [Ragged, Jigsaw_Assembly, Visual_Search]
+  weights: [2, 1, 1]
+  contexts:
+    Visual_Search: {student: 1, teacher: 1}
+"""
 
 
 @functools.cache
@@ -47,18 +59,44 @@ def workspace() -> Path:
     return folder
 
 
+@functools.cache
+def drawing_base() -> Path:
+    """A checkpoint with latent heads and a VAE in the workspace. `drawn.yaml` beside it mixes rows
+    to fine-tune it on: those of `datasets/Ragged` have pictures of two sizes.
+    """
+    path = workspace() / "drawing"
+    write_checkpoint(path, seed=2, draws=True)
+    autoencoder.save(tiny_autoencoder(), path)
+    rows = []
+    for i in range(ROWS):
+        size = (56, 28) if i % 3 == 0 else (56, 56)
+        row = record(i, problem_image_0=cell(png(20 * i, size)), answer="to the left" * (i % 2 + 1))
+        if i % 2:
+            row |= {"reasoning_image_1": cell(png(7 * i, size)), "resoning_thought_2": "then"}
+        rows.append(row)
+    write_source(workspace() / "datasets", "Ragged", rows)
+    (workspace() / "drawn.yaml").write_text(DRAWN)
+    return path
+
+
 @torch.no_grad()
-def write_checkpoint(path: Path, seed: int) -> None:
+def write_checkpoint(path: Path, seed: int, draws: bool = False) -> None:
     """An untrained model of two decoder layers that likes to end a round and to ask for images.
 
     Its residual stream has a constant first channel, through which the text head has a bias.
+
+    draws: with latent heads, whose velocities are not zero.
     """
     save_tokenizer(path)
-    processor = Processor(load_tokenizer(path), TRANSFORM, MINI)
+    limits = (VAE_TRANSFORM,) if draws else ()
+    processor = Processor(load_tokenizer(path), TRANSFORM, MINI, *limits)
     processor.save_pretrained(path)
     llm = LLMConfig(processor.tokenizer.vocab_size, 32, 48, 2, 2, 1, max_position_embeddings=512)
-    model = Bagel(BagelConfig(llm, ViTConfig(32, 48, 2, 2, image_size=56)))
+    config = BagelConfig(llm, ViTConfig(32, 48, 2, 2, image_size=56), max_latent_size=8)
+    model = Bagel(config, visual_gen=draws)
     initialise(model, processor, seed)
+    if draws:
+        model.llm2vae.weight.normal_(0.0, 0.6, generator=torch.Generator().manual_seed(seed))
     model.language_model.model.embed_tokens.weight[:, 0] = 3.0
     model.connector.fc2.bias[0] = 3.0
     head = model.language_model.lm_head.weight
@@ -109,6 +147,12 @@ def sft_argv(folder: Path, **flags: Any) -> list[str]:
 
 def opsd_config(folder: Path, **flags: Any) -> OpsdConfig:
     return parse_opsd(opsd_argv(folder, **flags))
+
+
+def drawing_flags(**flags: Any) -> dict[str, Any]:
+    """What makes `run_sft` learn to draw."""
+    mixture = {"model_path": drawing_base(), "dataset_config_file": workspace() / "drawn.yaml"}
+    return {**mixture, "visual_gen": True, **flags}
 
 
 def sft_config(folder: Path, **flags: Any) -> SftConfig:
@@ -167,17 +211,14 @@ def draws(config: SftConfig, step: int = 0) -> list[tuple[int, Drawn]]:
 
 
 def same_segments(first: list, second: list) -> bool:
-    """Equal token ids, grids and pixels."""
-    if len(first) != len(second):
-        return False
-    for one, other in zip(first, second, strict=True):
-        if type(one) is not type(other):
-            return False
-        if hasattr(one, "patches"):
-            if one.patches.shape != other.patches.shape or not torch.equal(
-                one.patches, other.patches
-            ):
-                return False
-        elif one != other:
-            return False
-    return True
+    """Equal token ids, grids, pixels and latents."""
+    return len(first) == len(second) and all(
+        type(one) is type(other) and all(map(_same, vars(one).values(), vars(other).values()))
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other

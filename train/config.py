@@ -182,6 +182,28 @@ class ValidationArguments:
 
 
 @dataclass(frozen=True)
+class VisualThoughtArguments:
+    """Where the teacher's visual thoughts come from, and how it draws its own."""
+
+    vt_source: Literal["dataset", "generated"] = _help(
+        "the record's, or drawn by the current teacher", "dataset"
+    )
+    vt_rounds: int = _help("pictures it may draw per row", 1)
+    vt_max_think_tokens: int = _help("tokens of the thought before a picture", 1000)
+    vt_num_timesteps: int = _help("grid points from noise to picture", 50)
+    vt_timestep_shift: float = _help("moves the flow times towards noise", 3.0)
+    vt_cfg_text_scale: float = _help("guidance by text; 1 = no guidance", 3.0)
+    vt_cfg_img_scale: float = _help("guidance by images; 1 = without", 1.5)
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("max_think_tokens", 1), ("num_timesteps", 2)):
+            if (value := getattr(self, f"vt_{name}")) < least:
+                raise UsageError(f"--vt_{name} must be at least {least}, got {value}")
+        if self.vt_timestep_shift <= 0:
+            raise UsageError(f"--vt_timestep_shift must be above 0, got {self.vt_timestep_shift}")
+
+
+@dataclass(frozen=True)
 class TuningArguments:
     """Fine-tuning: what is trained, on which part of interleaved rows, and how it is weighted."""
 
@@ -240,6 +262,14 @@ class OpsdConfig(TrainConfig):
     distill: DistillArguments
     sampling: SamplingArguments
     validation: ValidationArguments
+    visual_thoughts: VisualThoughtArguments
+
+    def __post_init__(self) -> None:
+        if self.distill.noise_vt and self.visual_thoughts.vt_source == "generated":
+            raise UsageError(
+                "--noise_vt True puts noise in the place of the visual thoughts: drawing them "
+                "first (--vt_source generated) would be for nothing"
+            )
 
 
 SFT_DEFAULTS = {  # the paper's text-only SFT baseline, where it differs from OPSD

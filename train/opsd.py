@@ -18,6 +18,7 @@ from modeling.sequence import pack
 from modeling.tokenizer import SpecialTokens
 from train import losses
 from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd
+from train.drawn_vts import DrawingTeacher
 from train.gates import LaunchGates
 from train.interrupts import stop_signal
 from train.metrics import MetricLogger
@@ -62,6 +63,9 @@ def train(config: OpsdConfig, world: World) -> Path:
         distill.ema_decay,
     )
     actor = RolloutCopy(model.config, world)
+    drawing = None
+    if config.visual_thoughts.vt_source == "generated":
+        drawing = DrawingTeacher(config, processor, world)
     optimizer = open_optimizer(student, config)
     ema = teacher.module if isinstance(teacher, EMATeacher) else None
     writer = open_writer(config, model.config, processor, mixture, world)
@@ -74,16 +78,17 @@ def train(config: OpsdConfig, world: World) -> Path:
         loader = metrics.timed(open_loader(config, mixture, world, start.step))
         for step, rows in enumerate(loader, start.step):
             actor.refresh(student)
-            prompts = prepare(rows, processor, config.sampling, step, seed, distill.noise_vt)
+            shown = drawing.redraw(rows, teacher.module, step) if drawing else rows
+            prompts = prepare(shown, processor, config.sampling, step, seed, distill.noise_vt)
             trajectories = sample(
                 actor.model, prompts, processor, config.sampling.params, step, seed
             )
             count = int(world.sum(len(trajectories)))
             if count == 0:
-                fitting = int(world.sum(len(prompts)))
+                fitting, drawn = int(world.sum(len(prompts))), int(world.sum(len(shown)))
                 raise UsageError(
-                    f"step {step}: no record has a completion; {fitting} of "
-                    f"{config.run.global_batch} fitted under --max_forward_tokens "
+                    f"step {step}: no record has a completion; of {config.run.global_batch} "
+                    f"{drawn} have visual thoughts, {fitting} fitted under --max_forward_tokens "
                     f"{config.sampling.max_forward_tokens} with --min_completion "
                     f"{config.sampling.min_completion}, and what they wrote stayed empty"
                 )
@@ -110,7 +115,9 @@ def train(config: OpsdConfig, world: World) -> Path:
             teacher.update(student)
 
             observe_draws(metrics, rows)
-            observe_rollouts(metrics, len(rows), len(prompts), trajectories)
+            observe_rollouts(metrics, len(shown), len(prompts), trajectories)
+            if drawing:
+                metrics.observe(undrawn=torch.arange(len(rows)) < len(rows) - len(shown))
             metrics.observe_global(loss=total, grad_norm=float(norm))
             done = step + 1
             now = {"lr": lr}

@@ -23,6 +23,8 @@ from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from modeling.bagel import Bagel
+from modeling.config import BagelConfig
+from modeling.pretrained import is_generation_key
 from modeling.qwen2_mot import MoTDecoderLayer
 from modeling.siglip_navit import SiglipLayer
 from train.config import DTYPES, ModelArguments, UsageError
@@ -243,12 +245,18 @@ class RolloutCopy:
     Sampling on it needs no collective, so ranks may write completions of different lengths.
     """
 
-    def __init__(self, config, world: World) -> None:
-        with torch.device(world.device):
-            self.model = Bagel(config, generation_expert=False).to(world.compute_dtype)
-        self.model.vit_pos_embed.reset()
-        self.model.requires_grad_(False).eval()
-        self._targets = dict(self.model.named_parameters())
+    def __init__(self, config: BagelConfig, world: World, model: Bagel | None = None) -> None:
+        """Args:
+        model: what takes the weights; by default a new one without generation expert. Weights
+            that only drawing uses stay as they are in it.
+        """
+        if model is None:
+            with torch.device(world.device):
+                model = Bagel(config, generation_expert=False).to(world.compute_dtype)
+            model.vit_pos_embed.reset()
+        self.model = model.requires_grad_(False).eval()
+        parameters = model.named_parameters()
+        self._targets = {name: p for name, p in parameters if not is_generation_key(name)}
 
     @torch.no_grad()
     def refresh(self, student: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from data.example import DataError
-from data.mixture import Drawn, Mixture, load_mixture, loader
+from data.mixture import Drawn, Mixture, MixtureConfig, load_mixture, loader
 from data.processor import Processor, check_image_limits
 from modeling.bagel import Bagel, NoGenerationError
 from modeling.config import BagelConfig, ConfigError
@@ -28,7 +28,7 @@ from modeling.pretrained import (
 )
 from modeling.tokenizer import TokenizerError
 from train.checkpoint import CheckpointWriter, updates_in
-from train.config import TrainConfig, UsageError, save_config
+from train.config import OpsdConfig, TrainConfig, UsageError, save_config
 from train.folders import FRESH, Start, claim_folders
 from train.gates import GateError
 from train.interrupts import EXIT_STOPPED
@@ -139,9 +139,13 @@ def open_processor(config: TrainConfig, mixture: Mixture) -> Processor:
 
 
 def open_mixture(config: TrainConfig) -> Mixture:
-    return load_mixture(
-        config.data.dataset_config_file, config.data.data_root, config.data.data_seed
-    )
+    """The rows of the run; of those whose visual thoughts are drawn, none are read."""
+    file, root = config.data.dataset_config_file, config.data.data_root
+    fields = None
+    if isinstance(config, OpsdConfig) and config.visual_thoughts.vt_source == "generated":
+        read = MixtureConfig.load(file).fields
+        fields = dataclasses.replace(read, visual_thoughts=False)
+    return load_mixture(file, root, config.data.data_seed, fields)
 
 
 def open_loader(

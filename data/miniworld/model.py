@@ -8,7 +8,8 @@ comes from its learned table, initialised as row + column vectors (over a 4x4 gr
 table of the full-size model hardly varies); image tokens are centred and start at unit scale; and
 queries are scaled up, because after QK-norm attention could otherwise not become sharp for a
 thousand steps. The latent heads start in the same spirit: what is constant in flow time and in the
-fixed table of positions is taken out, so that times and places differ.
+fixed table of positions is taken out, and contents and times stay out of the few directions in
+which places differ, where the first layer of the generation expert looks for them.
 """
 
 import argparse
@@ -42,7 +43,9 @@ POSITION_STD = 1.0  # of the row and of the column vectors of the image encoder'
 DETAIL_GAIN = 4.0  # patch embedding: fan-in scaled noise ...
 COLOUR_GAIN = 2.0  # ... plus random directions for the three channel means
 QUERY_GAIN = 4.0  # initial q_norm weight
-LATENT_GAIN = 0.3  # of a latent token's content and flow time, beside positions that vary by .2
+TIME_GAIN = 0.5  # of flow time in a latent token, beside contents at unit scale
+PLACE_DIRECTIONS = 8  # in which the places of the grid vary most
+FAST_FREQUENCIES = 5  # of rotary positions, which turn over the length of a row
 CALIBRATION_DRAWS = 64  # items per task family whose pictures centre and scale image tokens
 
 
@@ -65,6 +68,7 @@ def mini_config(vocab_size: int) -> BagelConfig:
             num_attention_heads=4,
             image_size=56,
         ),
+        latent_channels=autoencoder.CONFIG.z_channels,
     )
 
 
@@ -105,13 +109,24 @@ def initialise_latents(model: Bagel, seed: int) -> None:
         linear.bias.zero_()
     out.weight.zero_()
     out.bias.zero_()
-    into.weight.mul_(LATENT_GAIN)
-    grid = latent_position_ids(GRID, GRID, model.config.max_latent_size)
-    into.bias.copy_(-model.latent_pos_embed(grid).mean(0))
+    places, directions = _places(model)
+    elsewhere = torch.eye(places.shape[1]) - directions.T @ directions
+    into.weight.copy_(elsewhere @ into.weight)
+    into.bias.copy_(-places.mean(0))
+    second.weight.copy_(elsewhere @ second.weight)
     over_time = model.time_embedder(torch.linspace(0, 1, 100))
-    scale = LATENT_GAIN / (over_time - over_time.mean(0)).square().mean().sqrt()
+    scale = TIME_GAIN / (over_time - over_time.mean(0)).square().mean().sqrt()
     second.weight.mul_(scale)
     second.bias.copy_(-over_time.mean(0) * scale)
+
+
+def _places(model: Bagel) -> tuple[Tensor, Tensor]:
+    """Fixed positions of the grid (16, D), and the directions (PLACE_DIRECTIONS, D) in which they
+    differ most.
+    """
+    table = model.latent_pos_embed
+    places = table(latent_position_ids(GRID, GRID, table.side))
+    return places, torch.linalg.svd(places - places.mean(0)).Vh[:PLACE_DIRECTIONS]
 
 
 def _initialise_patches(embedding: nn.Linear, channels: int, generator: torch.Generator) -> None:
@@ -155,7 +170,7 @@ def write_untrained(path: str | Path, seed: int) -> None:
     processor.save_pretrained(path)
     model = Bagel(mini_config(processor.tokenizer.vocab_size), visual_gen=True)
     initialise(model, processor, seed)
-    copy_understanding_expert(model)
+    initialise_generation_expert(model, seed)
     save_pretrained(dict(model.named_parameters()), model.config, path)  # no tables
 
 
@@ -166,22 +181,42 @@ def write_undrawn(base: str | Path, path: str | Path, seed: int) -> None:
     processor = Processor.from_pretrained(base)
     dataclasses.replace(processor, vae_transform=autoencoder.TRANSFORM).save_pretrained(path)
     trained = load_pretrained(base)
-    model = Bagel(trained.config, visual_gen=True)
+    channels = autoencoder.CONFIG.z_channels
+    config = dataclasses.replace(trained.config, latent_channels=channels)
+    model = Bagel(config, visual_gen=True)
     model.load_state_dict(trained.state_dict(), strict=False)
     initialise_latents(model, seed)
-    copy_understanding_expert(model)
+    initialise_generation_expert(model, seed)
     save_pretrained(dict(model.named_parameters()), model.config, path)  # no tables
 
 
 @torch.no_grad()
-def copy_understanding_expert(model: Bagel) -> None:
-    """Start the generation expert as a copy of the understanding expert, as released training
-    does.
+def initialise_generation_expert(model: Bagel, seed: int) -> None:
+    """A copy of the understanding expert, as in released training, but for the queries and keys of
+    its first layer: they are alike and see places only, so that a latent token looks at the same
+    cell of the pictures before it, which is where most of a visual thought comes from.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if "_moe_gen" in name:
             parameter.copy_(parameters[name.replace("_moe_gen", "")])
+    generator = torch.Generator().manual_seed(seed)
+    attention = model.language_model.model.layers[0].self_attn
+    queries, keys = attention.q_proj_moe_gen, attention.k_proj_moe_gen
+    heads, size = keys.out_features // attention.head_dim, attention.head_dim
+    _, directions = _places(model)
+    look = torch.randn(heads, size, PLACE_DIRECTIONS, generator=generator)
+    fast = torch.arange(size) % (size // 2) < FAST_FREQUENCIES
+    look[:, fast] = 0.0  # these rotate with the distance between two pictures
+    keys.weight.copy_((look @ directions).flatten(0, 1))
+    groups = queries.out_features // keys.out_features
+    queries.weight.copy_(
+        keys.weight.view(heads, size, -1).repeat_interleave(groups, 0).flatten(0, 1)
+    )
+    for part in (queries, keys):
+        part.bias.zero_()
+    attention.q_norm_moe_gen.weight.fill_(QUERY_GAIN)
+    attention.k_norm_moe_gen.weight.fill_(1.0)
 
 
 def main() -> None:

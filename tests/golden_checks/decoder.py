@@ -1,4 +1,4 @@
-"""b, c, d, l: packing, masks, forward and backward of the decoder, with both experts."""
+"""b, c, d: packing, masks, forward and backward of the decoder, with both experts."""
 
 import dataclasses
 import math
@@ -180,8 +180,26 @@ def read_segments(
 def pack_results(
     name: str, golden: Golden, batch: PackedBatch, stored: dict[str, Tensor], prefix: str
 ) -> Iterator[Result]:
-    """Index tensors and masks exactly, loss weights and pixels closely."""
+    """`compare_pack` with the tables of the stored model."""
     side = golden.config["vit"]["image_size"] // golden.config["vit"]["patch_size"]
+    latent_side = golden.config["bagel"]["max_latent_size"]
+    yield from compare_pack(name, batch, stored, prefix, side, latent_side)
+
+
+def compare_pack(
+    name: str,
+    batch: PackedBatch,
+    stored: dict[str, Tensor],
+    prefix: str,
+    side: int,
+    latent_side: int = 0,
+) -> Iterator[Result]:
+    """Index tensors, masks and pixels exactly, loss weights closely.
+
+    Args:
+        prefix: of the stored names.
+        side, latent_side: of the tables of patch and latent positions.
+    """
     vit_ids = torch.cat([patch_position_ids(h, w, side) for h, w in batch.image_grids])
     ours = {
         "packed_text_ids": batch.token_ids,
@@ -194,8 +212,7 @@ def pack_results(
         "packed_label_ids": batch.labels,
     }
     if batch.latent_grids:
-        side = golden.config["bagel"]["max_latent_size"]
-        places = [latent_position_ids(h, w, side) for h, w in batch.latent_grids]
+        places = [latent_position_ids(h, w, latent_side) for h, w in batch.latent_grids]
         ours |= {
             "packed_vae_token_indexes": batch.latent_index,
             "packed_latent_position_ids": torch.cat(places),

@@ -1,0 +1,132 @@
+"""A page to look at: problems, the visual thoughts that a model draws for them, and the true ones.
+
+    python -m eval.drawings --model_path models/mini-base --output_dir results/drawings
+
+Writes drawings.png: a block per task, a row per problem with its question, the answer that the
+model gave after its drawing and whether it is right.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+from PIL import ImageDraw, ImageFont
+from tqdm import tqdm
+
+from data.example import Example, Fields
+from data.parquet import SPLITS, RowReader, iter_examples
+from eval.run import Prediction, predict_interleaved
+from eval.session import (
+    add_drawing_flags,
+    drawing_params,
+    open_sources,
+    parser_of,
+    pick_device,
+    positive,
+)
+from inferencer import Interleaved, InterleaveInferencer, InterleaveParams
+from train.config import DTYPES
+from train.session import exit_on_user_error
+
+FIELDS = Fields(thoughts=False, full_text_only_thought=False)
+SIDE, MARGIN, LINE, TEXT = 168, 12, 18, 300  # pixels
+INK, MUTED, RIGHT, WRONG = (28, 30, 40), (110, 112, 120), (20, 120, 60), (180, 40, 40)
+COLUMNS = ("problem", "drawn", "true")
+
+Item = tuple[Example, Prediction, Interleaved]
+
+
+def page(tasks: dict[str, list[Item]]) -> PIL.Image.Image:
+    """The whole page: two tasks side by side."""
+    blocks = [_block(task, items) for task, items in tasks.items()]
+    width, height = blocks[0].size
+    rows = -(-len(blocks) // 2)
+    sheet = PIL.Image.new("RGB", (min(len(blocks), 2) * width, rows * height), "white")
+    for number, block in enumerate(blocks):
+        sheet.paste(block, (number % 2 * width, number // 2 * height))
+    return sheet
+
+
+def _block(task: str, items: list[Item]) -> PIL.Image.Image:
+    width = len(COLUMNS) * (SIDE + MARGIN) + TEXT + MARGIN
+    height = 2 * LINE + 2 * MARGIN + len(items) * (SIDE + MARGIN)
+    block = PIL.Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(block), ImageFont.load_default(14)
+    pen.text((MARGIN, MARGIN), task.replace("_", " "), fill=INK, font=ImageFont.load_default(18))
+    for column, title in enumerate(COLUMNS):
+        x = MARGIN + column * (SIDE + MARGIN)
+        pen.text((x, MARGIN + LINE + 4), title, fill=MUTED, font=font)
+    for number, (example, prediction, answer) in enumerate(items):
+        y = 2 * LINE + 2 * MARGIN + number * (SIDE + MARGIN)
+        shown = [example.problem_image, *answer.pictures[:1], *example.visual_thoughts[:1]]
+        columns = [0, 1, 2] if answer.pictures else [0, 2]
+        for column, picture in zip(columns, shown, strict=True):
+            block.paste(_enlarged(picture), (MARGIN + column * (SIDE + MARGIN), y))
+        x = MARGIN + len(COLUMNS) * (SIDE + MARGIN)
+        lines = [(INK, f"Q: {example.question}"), (MUTED, prediction.text)]
+        said = "no answer" if prediction.answer is None else prediction.answer
+        verdict = "right" if prediction.correct else f"wrong, it is {example.answer}"
+        lines.append((RIGHT if prediction.correct else WRONG, f"A: {said} ({verdict})"))
+        for colour, text in lines:
+            for part in textwrap.wrap(text, 40):
+                pen.text((x, y), part, fill=colour, font=font)
+                y += LINE
+    return block
+
+
+def _enlarged(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture in a square of SIDE pixels; small ones keep their pixels visible."""
+    scale = SIDE / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    sharp = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
+    square = PIL.Image.new("RGB", (SIDE, SIDE), (245, 245, 245))
+    square.paste(picture.resize(size, sharp))
+    return square
+
+
+def draw_page(args: argparse.Namespace) -> Path:
+    """Draw, write the page, return its file."""
+    positive(per_task=args.per_task, max_new_tokens=args.max_new_tokens)
+    sources = open_sources(args.dataset_config_file)
+    device = pick_device(args.device)
+    dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"]
+    inferencer = InterleaveInferencer.from_pretrained(
+        args.model_path, device, dtype, args.weights, draws=True
+    )
+    params = InterleaveParams(args.max_new_tokens, 0.0, args.max_rounds, drawing_params(args))
+    reader, tasks = RowReader(sources.max_skip_fraction), {}
+    for name in tqdm(sources.dataset_names, desc="drawing", unit="task"):
+        rows = [args.data_root, [name], reader, args.split, args.per_task]
+        examples = list(iter_examples(*rows, fields=FIELDS))
+        answers = predict_interleaved(inferencer, examples, params, args.seed)
+        tasks[name] = [
+            (example, *answer) for example, answer in zip(examples, answers, strict=True)
+        ]
+    file = Path(args.output_dir) / "drawings.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page(tasks).save(file)
+    print(f"saved {file}")
+    return file
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of("eval.drawings", "A page of drawn and true visual thoughts.")
+    add = parser.add_argument
+    add("--split", choices=SPLITS, default="test")
+    add("--per_task", type=int, default=4, help="first rows of each source")
+    add("--max_new_tokens", type=int, default=1024, help="of each text")
+    add("--seed", type=int, default=0, help="of the noise that drawings start from")
+    add_drawing_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    with exit_on_user_error():
+        draw_page(args)
+
+
+if __name__ == "__main__":
+    main()

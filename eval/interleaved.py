@@ -1,0 +1,258 @@
+"""Thinking in pictures against text alone: accuracy, tokens, pictures and seconds, in one table.
+
+    python -m eval.interleaved --model_path BASE --student_path STUDENT --output_dir DIR
+
+The base answers interleaved, with and without guidance, and in text alone; the student in text
+alone. Accuracy is measured in batches. Seconds are those of single samples: every system takes the
+same samples in turn, preprocessing included and file reading not, `--repeats` times after a
+warm-up; the table has the median over samples of each sample's median, and the median of the paired
+ratios.
+
+Writes table.md and table.json (a record per system), scores.json (accuracy per task and system) and
+seconds.json (a record per sample).
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.example import Example, Fields
+from data.parquet import SPLITS, RowReader, iter_examples
+from eval.run import Prediction, all_scores, predict, predict_interleaved
+from eval.session import (
+    add_drawing_flags,
+    drawing_params,
+    markdown_table,
+    open_sources,
+    origin,
+    parser_of,
+    pick_device,
+    positive,
+)
+from eval.statistics import OVERALL
+from inferencer import InterleaveInferencer, InterleaveParams
+from modeling.generation import SamplingParams
+from train.config import DTYPES
+from train.records import base_record, run_info, write_atomic, write_records
+from train.session import exit_on_user_error
+
+GUIDED, DRAWN, BASE, STUDENT = (
+    "base, interleaved with guidance",
+    "base, interleaved",
+    "base, text-only",
+    "student, text-only",
+)
+FIELDS = Fields(visual_thoughts=False, thoughts=False, full_text_only_thought=False)
+
+System = Callable[[Sequence[Example]], list[Prediction]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one sample under every system, a number per repeat."""
+
+    example: Example
+    seconds: dict[str, list[float]]
+
+
+def open_systems(args: argparse.Namespace, device: torch.device) -> dict[str, System]:
+    """Name -> what answers a batch, the slowest first."""
+    name = args.compute_dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+
+    def opened(path: str, draws: bool = False) -> InterleaveInferencer:
+        return InterleaveInferencer.from_pretrained(path, device, DTYPES[name], "auto", draws)
+
+    drawing, text = opened(args.model_path, draws=True), opened(args.model_path)
+    sampling = SamplingParams(args.max_new_tokens, 0.0, 0)
+
+    def interleaved(guided: bool) -> System:
+        params = InterleaveParams(
+            args.max_new_tokens, 0.0, args.max_rounds, drawing_params(args, guided)
+        )
+        return lambda batch: [
+            prediction for prediction, _ in predict_interleaved(drawing, batch, params, args.seed)
+        ]
+
+    def text_only(inferencer: InterleaveInferencer) -> System:
+        return lambda batch: predict(inferencer, batch, "student", sampling, args.seed)
+
+    systems = {GUIDED: interleaved(True), DRAWN: interleaved(False), BASE: text_only(text)}
+    if args.student_path:
+        systems[STUDENT] = text_only(opened(args.student_path))
+    return systems
+
+
+def read_examples(args: argparse.Namespace) -> list[list[Example]]:
+    """The first rows of every source."""
+    sources = open_sources(args.dataset_config_file)
+    reader = RowReader(sources.max_skip_fraction)
+    root, split = args.data_root, args.split
+    return [
+        list(iter_examples(root, [name], reader, split, args.limit_per_task, fields=FIELDS))
+        for name in sources.dataset_names
+    ]
+
+
+def accuracies(
+    systems: dict[str, System], tasks: list[list[Example]], batch_size: int
+) -> dict[str, dict[str, dict[str, float | int]]]:
+    """System -> task (and overall) -> scores."""
+    scores = {}
+    total = sum(map(len, tasks))
+    for name, system in systems.items():
+        predictions: list[Prediction] = []
+        with tqdm(total=total, desc=name, unit="sample", dynamic_ncols=True) as bar:
+            for examples in tasks:
+                for start in range(0, len(examples), batch_size):
+                    predictions += system(examples[start : start + batch_size])
+                    bar.update(len(predictions) - bar.n)
+        scores[name] = all_scores(predictions)
+    return scores
+
+
+def timings(systems: dict[str, System], examples: list[Example], repeats: int) -> list[Timing]:
+    """Each sample under every system in turn: what else the machine does meets all alike."""
+    for system in systems.values():
+        system(examples[:1])  # warm-up
+    found = [Timing(example, {name: [] for name in systems}) for example in examples]
+    rounds = [(timing, system) for _ in range(repeats) for timing in found for system in systems]
+    for timing, name in tqdm(rounds, desc="seconds", unit="answer", dynamic_ncols=True):
+        (prediction,) = systems[name]([timing.example])
+        timing.seconds[name].append(prediction.seconds)
+    return found
+
+
+def table_rows(
+    scores: dict[str, dict[str, dict[str, float | int]]], times: list[Timing]
+) -> dict[str, dict[str, float]]:
+    """What the table says of each system."""
+    reference = list(scores)[-1]
+    rows = {}
+    for name, by_task in scores.items():
+        of = {i: median(t.seconds[name]) for i, t in enumerate(times)}
+        base = {i: median(t.seconds[reference]) for i, t in enumerate(times)}
+        overall = by_task[OVERALL]
+        rows[name] = {
+            "n": overall["n"],
+            "accuracy": overall["accuracy"],
+            "low": overall["low"],
+            "high": overall["high"],
+            "tokens": overall["mean_tokens"],
+            "pictures": overall["mean_pictures"],
+            "seconds": median(of.values()),
+            "ratio": median(of[i] / base[i] for i in of),
+        }
+    return rows
+
+
+def columns(rows: dict[str, dict[str, float]]) -> tuple[list[str], dict[str, list[str]]]:
+    """Header and cells of the table, for `markdown_table`."""
+    last = list(rows)[-1]
+    header = ["system", "accuracy, %", "tokens", "pictures", "seconds", f"times {last}"]
+    return header, {
+        name: [
+            f"{100 * row['accuracy']:.1f} ({100 * row['low']:.0f} .. {100 * row['high']:.0f})",
+            f"{row['tokens']:.1f}",
+            f"{row['pictures']:.2f}",
+            f"{row['seconds']:.4f}",
+            f"{row['ratio']:.1f}",
+        ]
+        for name, row in rows.items()
+    }
+
+
+def markdown(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+    """The table and what it was measured with."""
+    info, first = run_info(), next(iter(rows.values()))
+    lines = markdown_table(*columns(rows))
+    lines += [
+        "",
+        f"{first['n']} {args.split} items; 95 % intervals; accuracy is the mean over tasks. "
+        f"{args.num_timesteps} grid points, shift {args.timestep_shift}; guidance by text "
+        f"{args.cfg_text_scale} and images {args.cfg_img_scale} in the interval "
+        f"{args.cfg_interval[0]} .. {args.cfg_interval[1]}. Seconds: median over "
+        f"{args.latency_samples} items per task, single samples, {args.repeats} paired runs.",
+        "",
+        f"Command: `{info['command']}`, seed {args.seed}, commit {info['commit']}, "
+        f"{info['hardware']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure, write the three files, print the table."""
+    positive(
+        limit_per_task=args.limit_per_task,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        latency_samples=args.latency_samples,
+        repeats=args.repeats,
+    )
+    tasks = read_examples(args)
+    systems = open_systems(args, pick_device(args.device))
+    scores = accuracies(systems, tasks, args.batch_size)
+    samples = [example for examples in tasks for example in examples[: args.latency_samples]]
+    times = timings(systems, samples, args.repeats)
+    rows = table_rows(scores, times)
+    folder = Path(args.output_dir)
+    common: dict[str, Any] = origin("interleaved", args)
+    write_records(
+        folder / "scores.json",
+        [
+            base_record(task=task, id=name, values=values, **common)
+            for name, by_task in scores.items()
+            for task, values in by_task.items()
+        ],
+    )
+    write_records(
+        folder / "table.json",
+        [base_record(task=OVERALL, id=name, values=row, **common) for name, row in rows.items()],
+    )
+    write_records(
+        folder / "seconds.json",
+        [
+            base_record(
+                task=timing.example.source, id=timing.example.key, values=timing.seconds, **common
+            )
+            for timing in times
+        ],
+    )
+    text = markdown(rows, args)
+    write_atomic(folder / "table.md", text)
+    print(text)
+    print(f"saved {folder}/table.md, table.json, scores.json and seconds.json")
+    return rows
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of("eval.interleaved", "Thinking in pictures against text alone.")
+    add = parser.add_argument
+    add("--student_path", help="checkpoint of a distilled student")
+    add("--split", choices=SPLITS, default="test")
+    add("--limit_per_task", type=int, default=200, help="first rows of each source")
+    add("--max_new_tokens", type=int, default=1024, help="of each text")
+    add("--batch_size", type=int, default=1, help="rows together, for accuracy")
+    add("--latency_samples", type=int, default=5, help="rows of each source that are timed")
+    add("--repeats", type=int, default=3, help="times each of them is answered")
+    add("--seed", type=int, default=0, help="of the noise that drawings start from")
+    add("--compute_dtype", choices=("auto", *DTYPES), default="auto", help="as in eval.run")
+    add_drawing_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    with exit_on_user_error():
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()
