@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.interleaved import parse as parse_interleaved
 from eval.kl_diagnostic import parse as parse_diagnostic
 from eval.run import parse as parse_accuracy
 from examples.inference_demo import parse as parse_demo
@@ -453,7 +454,8 @@ def test_quickstart_stays_on_the_cpu_and_passes_its_seed_on(checkout: Path) -> N
     assert [args.completion for args in measured] == ["dataset", "dataset", "sample"]
     assert measured[-1].max_new_tokens == opsd.sampling.sample_max_new_tokens
     measured += [parse_accuracy(flags) for flags in commands(checkout, "eval.run")]
-    assert [(args.device, args.seed) for args in measured] == [("cpu", 7)] * 8
+    measured += [parse_interleaved(flags) for flags in commands(checkout, "eval.interleaved")]
+    assert [(args.device, args.seed) for args in measured] == [("cpu", 7)] * 9
     [demo] = commands(checkout, "examples.inference_demo")
     assert parse_demo(demo).device == "cpu"
 
@@ -481,12 +483,13 @@ def test_quickstart_over_seeds_makes_missing_bases_and_keeps_finished_seeds(chec
 
 def test_quickstart_over_seeds_makes_a_base_of_each_seed(checkout: Path) -> None:
     (checkout / "checkpoints" / "mini-base-seed1" / "0001000").mkdir(parents=True)
+    (checkout / "checkpoints" / "mini-base-seed1-drawing-more" / "latest").mkdir(parents=True)
     result = dry_run(checkout, "quickstart.sh", "--seeds", "2")
     # the stub writes no weights, so the second seed ends where they are looked for
     assert result.returncode == 1
     assert "models/mini-base-seed1/model.safetensors is missing" in result.stderr
-    [base] = [parse_sft(flags) for flags in commands(checkout, "train.sft")]
-    assert base.run.global_seed == base.data.data_seed == 1
+    runs = [parse_sft(flags) for flags in commands(checkout, "train.sft")]
+    assert [(base.run.global_seed, base.data.data_seed) for base in runs] == [(1, 1)] * 3
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 4), (19, 9), (20, 10), (1000, 10)])
@@ -524,6 +527,8 @@ def test_quickstart_without_a_base_keeps_the_last_results_and_names_the_remedy(
 def test_the_miniature_base_can_be_made_again_but_not_over_another(checkout: Path) -> None:
     earlier = checkout / "checkpoints" / "mini-base-seed0" / "0001600"
     earlier.mkdir(parents=True)
+    for half in ("drawing", "drawing-more"):
+        (checkout / "checkpoints" / f"mini-base-seed0-{half}" / "latest").mkdir(parents=True)
     refused = dry_run(checkout, "make_mini_base.sh")
     assert refused.returncode == 1
     assert "models/mini-base exists: move it away, or name another folder" in refused.stderr
@@ -532,6 +537,19 @@ def test_the_miniature_base_can_be_made_again_but_not_over_another(checkout: Pat
     made = dry_run(checkout, "make_mini_base.sh", "models/other")
     assert made.returncode == 0, made.stderr
     assert (checkout / "models" / "other").is_dir()
-    [config] = [parse_sft(flags) for flags in commands(checkout, "train.sft")]
-    assert config.run.overwrite is True
-    assert config.model.device == "cpu"
+    runs = [parse_sft(flags) for flags in commands(checkout, "train.sft")]
+    for config in runs:
+        assert config.run.overwrite is True
+        assert config.model.device == "cpu"
+    assert [config.tuning.freeze_und for config in runs] == [False, True, True]
+    checkpoints = "checkpoints/mini-base-seed0"
+    assert [config.model.model_path for config in runs] == [
+        f"{checkpoints}/untrained", f"{checkpoints}/undrawn", f"{checkpoints}-drawing/latest",
+    ]  # fmt: skip
+    assert [config.tuning.timestep_shift for config in runs] == [1.0, 1.0, 3.0]
+
+    (checkout / "models" / "own").mkdir()
+    (checkout / "models" / "own" / "model.safetensors").touch()
+    half = dry_run(checkout, "make_mini_base.sh", "--understanding", "models/own", "models/third")
+    assert half.returncode == 0, half.stderr
+    assert len(commands(checkout, "train.sft")) == len(runs) + 2
