@@ -104,6 +104,10 @@ class InterleaveParams:
     def __post_init__(self) -> None:
         if self.max_rounds < 0:
             raise ValueError(f"max_rounds must be 0 or more, got {self.max_rounds}")
+        if not self.closing and not self.max_rounds:
+            raise ValueError("max_rounds=0 with closing=False leaves nothing to write or draw")
+        if min(self.image_shape) < 1:
+            raise ValueError(f"image_shape {self.image_shape} is not (height, width) in pixels")
 
 
 @dataclass(frozen=True)
@@ -278,14 +282,17 @@ class InterleaveInferencer:
                 depend on the rows beside it.
             think: put the system prompt first.
             progress: show a bar.
-            given: per row pictures that are shown in place of the first ones it would draw, to see
-                what it makes of them.
+            given: per row pictures (possibly none) that are shown in place of the first ones it
+                would draw, to see what it makes of them.
 
         Raises:
             NoGenerationError: the model or the VAE is missing.
             ValueError: a picture size beyond the model's `max_latent_size`, or no input at all.
         """
         params = params or InterleaveParams()
+        self._check_inputs(inputs, seeds)
+        if not inputs:
+            return []
         rows = [
             _Row(number, seed, self._shape(items, params.image_shape), [], [])
             for number, (items, seed) in enumerate(
@@ -309,11 +316,15 @@ class InterleaveInferencer:
                     break
                 spoken = [[Text(self._spoken(row, params))] for row in active]
                 cache = self._extended(cache.select(places), spoken)
-                pictures = self._given(active, given, number) or self._draw(
-                    active, cache, guided, params.drawing, number, bar
-                )
+                pictures = self._given(active, given, number)
+                rest = [i for i in range(len(active)) if i not in pictures]
+                if rest:
+                    undrawn, contexts = [active[i] for i in rest], cache.select(rest)
+                    drawn = self._draw(undrawn, contexts, guided, params.drawing, number, bar)
+                    pictures |= dict(zip(rest, drawn, strict=True))
                 shown = []
-                for row, picture in zip(active, pictures, strict=True):
+                for place, row in enumerate(active):
+                    picture = pictures[place]
                     row.pieces.append(picture)
                     shown.append(self._image(picture, row.seed, number + 1))
                 if number + 1 < params.max_rounds + params.closing:
@@ -429,11 +440,24 @@ class InterleaveInferencer:
         rows: Sequence[_Row],
         given: Sequence[Sequence[PIL.Image.Image]] | None,
         number: int,
-    ) -> list[PIL.Image.Image]:
-        """The `number`-th given picture of every row; none where a row has fewer."""
-        if given is None or any(len(given[row.number]) <= number for row in rows):
-            return []
-        return [drawing_size(given[row.number][number], self.processor) for row in rows]
+    ) -> dict[int, PIL.Image.Image]:
+        """The `number`-th given picture of those rows that have one."""
+        return {
+            place: drawing_size(given[row.number][number], self.processor)
+            for place, row in enumerate(rows)
+            if given is not None and number < len(given[row.number])
+        }
+
+    def _check_inputs(self, inputs: Sequence[Sequence[Piece]], seeds: Sequence[int] | None) -> None:
+        if seeds is not None and len(seeds) != len(inputs):
+            raise ValueError(f"{len(seeds)} seeds for {len(inputs)} inputs: give one for each")
+        for number, items in enumerate(inputs):
+            for item in items:
+                if not isinstance(item, (str, PIL.Image.Image)):
+                    raise TypeError(
+                        f"input {number} holds {item!r}: give texts and PIL images; open a file "
+                        "with PIL.Image.open"
+                    )
 
     def _draw(
         self,
@@ -454,10 +478,10 @@ class InterleaveInferencer:
             members = [rows[place] for place in places]
             seeds = [row.seed for row in members]
             contexts = [cache.select(places, cache.extent)]
-            if params.guidance.text_scale > 1:
-                contexts += [once.get().select([row.number for row in members]) for once in guided]
-            else:  # no guidance at all
-                contexts *= 3
+            numbers = [row.number for row in members]
+            needed = guided[: params.guidance.contexts() - 1]
+            contexts += [once.get().select(numbers) for once in needed]
+            contexts += contexts[:1] * (3 - len(contexts))  # not looked at
             grids = self._latents(contexts, shape, seeds, number, params, bar)
             for place, picture in zip(places, self._pictures(grids), strict=True):
                 pictures[place] = picture

@@ -72,6 +72,11 @@ class MixtureConfig:
             )
         for source, shares in (self.contexts or {}).items():
             _check_contexts(self.group, source, shares, names)
+        if self.max_reference_rounds < MAX_ROUNDS and self.draws_pictures():
+            raise DataError(
+                f"{self.group}: max_reference_rounds {self.max_reference_rounds} would cut "
+                f"interleaved rows in mid-thought: leave it out"
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> "MixtureConfig":

@@ -9,7 +9,7 @@ from typing import Any
 from data.example import DataError
 from data.prompts import PAPER, PROMPT_SETS, PromptSet
 from data.transforms import ImageTransform
-from modeling.config import BagelConfig
+from modeling.config import BagelConfig, VAEConfig
 from modeling.tokenizer import Tokenizer, load_tokenizer
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -109,6 +109,29 @@ def check_image_limits(transform: ImageTransform, path: str | Path, where: str) 
             f"{where}: max_image_size {transform.max_image_size} makes sides of {patches} patches, "
             f"image_size {vit.image_size} of {file} has positions for {vit.patches_per_side}; "
             f"lower it to {vit.patches_per_side * vit.patch_size}"
+        )
+
+
+def check_drawing_limits(
+    transform: ImageTransform, model: BagelConfig, vae: VAEConfig, where: str
+) -> None:
+    """Raise DataError if pictures of the VAE's sizes do not fit the model's latent tokens.
+
+    Args:
+        where: the checkpoint folder, for the message.
+    """
+    stride = vae.downsample * model.latent_patch_size
+    if transform.image_stride % stride:
+        raise DataError(
+            f"{where}: vae_transform has image_stride {transform.image_stride}; a latent token is "
+            f"{stride} pixels wide, so make it a multiple of {stride}"
+        )
+    tokens = round(transform.max_image_size / stride)
+    if tokens > model.max_latent_size:
+        raise DataError(
+            f"{where}: vae_transform has max_image_size {transform.max_image_size}, sides of "
+            f"{tokens} latent tokens, beyond max_latent_size={model.max_latent_size}; lower it to "
+            f"{model.max_latent_size * stride}"
         )
 
 

@@ -4,6 +4,7 @@ Legend: T packed tokens, N patches, M latent tokens, F of them learned, C latent
 R loss rows, V vocab.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -77,8 +78,9 @@ class Bagel(nn.Module):
         self.language_model.model.activation_checkpointing = enabled
 
     def set_always_draws(self, enabled: bool) -> None:
-        """Run generation expert and latent heads also on batches without latents, to no effect but
-        zero gradients: processes that average gradients need one of every parameter.
+        """Run the generation expert and the latent heads also on batches without latents, and the
+        image encoder on those without images, to no effect but zero gradients: processes that
+        average gradients need one of every parameter.
         """
         self.always_draws = enabled
 
@@ -92,6 +94,10 @@ class Bagel(nn.Module):
         x = x.index_copy(0, batch.token_index, tokens)
         if batch.image_grids:
             x = x.index_copy(0, batch.patch_index, self.encode_images(batch).to(x.dtype))
+        elif self.always_draws:
+            patch = batch.latents.new_zeros(1, self.config.vit.patch_dim)
+            blank = dataclasses.replace(batch, patches=patch, image_grids=((1, 1),))
+            x = x + 0 * self.encode_images(blank).sum().to(x.dtype)
         if latents:
             x = x.index_copy(0, batch.latent_index, self.encode_latents(batch).to(x.dtype))
         return x

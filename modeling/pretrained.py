@@ -139,6 +139,9 @@ def load_pretrained(
     overrides = {}
     if "latent_pos_embed.pos_embed" in keys:
         overrides["max_latent_size"] = round(files.shape("latent_pos_embed.pos_embed")[0] ** 0.5)
+    if "vae2llm.weight" in keys:
+        latent_dim = files.shape("vae2llm.weight")[1]
+        overrides["latent_channels"] = latent_dim // BagelConfig.latent_patch_size**2
     config = BagelConfig.from_pretrained(path, **overrides)
     with torch.device("meta"):
         model = Bagel(config, generation_expert=experts == "all", visual_gen=visual_gen)

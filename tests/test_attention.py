@@ -186,6 +186,113 @@ def test_forks_do_not_share_storage():
     assert cache.keys[0, 1, 0, 0, 0] == 1.0
 
 
+# ---- branches and copies of a cache -----------------------------------------------------------
+
+
+def filled(lengths, capacity, first=0.0):
+    """A cache of one layer whose slots hold first + 100 row + slot, positions ahead by 50."""
+    cache = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 2), len(lengths), capacity)
+    for row, n in enumerate(lengths):
+        cache.keys[0, row, :, :n] = (first + 100 * row + torch.arange(n))[:, None]
+    cache.values = -cache.keys
+    counts = torch.tensor(lengths)
+    cache.advance(counts, counts + 50, max(lengths))
+    return cache
+
+
+def grow(cache, counts, first):
+    """Append counts[row] tokens to each row, and keep them."""
+    plan = cache.plan([(Split(n, "causal"),) for n in counts])
+    at = torch.cat([torch.arange(n) + old for n, old in zip(counts, cache.lengths, strict=True)])
+    row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    values = (first + 100.0 * row + at)[:, None, None].expand(-1, 2, E)
+    cache.append(0, values, -values, plan)
+    cache.advance(torch.tensor(counts), cache.positions + torch.tensor(counts), max(counts))
+
+
+def held(cache):
+    """Per row what it holds, and the position that follows."""
+    for row, n in enumerate(cache.lengths.tolist()):  # the same in all heads and channels
+        for values in (cache.keys, -cache.values):
+            assert (values[0, row, :, :n] == cache.keys[0, row, :1, :n, :1]).all()
+    rows = [cache.keys[0, row, 0, :n, 0].tolist() for row, n in enumerate(cache.lengths.tolist())]
+    return list(zip(rows, cache.positions.tolist(), strict=True))
+
+
+def test_a_branch_goes_on_by_itself_in_the_memory_of_its_cache():
+    cache = filled([2, 3], capacity=6)
+    before = held(cache)
+    branch = cache.branch(1)
+    assert len(branch) == 1 and held(branch) == before[:1]
+    grow(branch, [3], first=7000)
+    assert held(branch) == [([0, 1, 7002, 7003, 7004], 55)] and branch.extent == 6
+    assert held(cache) == before and cache.extent == 3
+    assert branch.keys.data_ptr() == cache.keys.data_ptr()  # no copy
+    both = cache.branch()  # begins where the cache ends, whatever another branch has written
+    grow(both, [1, 1], first=8000)
+    assert held(both) == [([0, 1, 8002], 53), ([100, 101, 102, 8103], 54)]
+    assert held(cache) == before
+    with pytest.raises(ValueError, match="cache of 6 slots per row cannot hold 7"):
+        grow(cache.branch(), [4, 1], first=9000)
+
+
+def test_copies_of_rows_are_their_own():
+    cache = filled([2, 0, 3], capacity=3)
+    copy = cache.select([2, 0, 2, 1], capacity=5)
+    rows = held(cache)
+    assert held(copy) == [rows[2], rows[0], rows[2], rows[1]] and copy.capacity == 5
+    grow(copy, [2, 2, 1, 2], first=7000)
+    assert [len(values) for values, _ in held(copy)] == [5, 4, 4, 2]
+    assert held(cache) == rows
+    assert cache.select([1]).capacity == 3 and held(cache.select([])) == []
+    with pytest.raises(ValueError, match="cache of 2 slots per row cannot hold 3"):
+        cache.select([0], capacity=2)
+
+
+def test_rows_of_several_caches_are_joined():
+    """Of other capacities and extents, one of them without any token."""
+    first, second, none = filled([1, 2], 2), filled([4], 9, first=500), filled([0, 0], 0)
+    cache = KVCache.joined([(first, [1, 0]), (none, [1]), (second, [0, 0])], capacity=4)
+    parts = [*reversed(held(first)), ([], 50), *held(second) * 2]
+    assert held(cache) == parts and cache.extent == 4
+    cache.keys.fill_(7)
+    assert held(second) == parts[-1:]
+    with pytest.raises(ValueError, match="cache of 3 slots per row cannot hold 4"):
+        KVCache.joined([(first, [0]), (second, [0])], capacity=3)
+
+
+@pytest.mark.parametrize("cached", [[3, 0, 2], [0, 0, 0]])
+def test_a_row_may_have_nothing_new(cached):
+    """Its neighbours attend as they would without it."""
+    samples = [(Split(2, "causal"), Split(3, "full")), (), (Split(2, "causal"),)]
+    cache = filled(cached, 9)
+    old = [torch.randn(3, 2, 9, E) for _ in range(2)]  # what is beyond a row's length included
+    cache.keys[0], cache.values[0] = old
+    q, k, v = (x.detach() for x in heads(samples, 2, 2))
+    plan = cache.plan(samples)
+    out = plan(q, *cache.append(0, k, v, plan))
+    expected, start = [], 0
+    for row, splits in enumerate(samples):
+        span = slice(start, start + sum(split.length for split in splits))
+        if splits:
+            keys, values = (
+                torch.cat([before[row, :, : cached[row]].transpose(0, 1), new[span]])
+                for before, new in zip(old, (k, v), strict=True)
+            )
+            seen = cached_rows([cached[row]], [splits])
+            expected.append(dense(q[span], keys, values, seen))
+        start = span.stop
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("plan", [SDPAPlan, FlexPlan])
+def test_a_sample_may_be_empty(plan):
+    samples = [(Split(2, "causal"), Split(3, "full")), (), (Split(2, "noise"),)]
+    q, k, v = (x.detach() for x in heads(samples, 2, 2))
+    out = plan(samples, "cpu")(q, k, v)
+    torch.testing.assert_close(out.double(), oracle(q, k, v, samples), atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [

@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import PIL.Image
 import pytest
 import torch
 
 from data.contexts import (
+    ConditionDropout,
+    Noising,
     completion,
+    interleaved_pictures,
+    interleaved_sequence,
     question_context,
     reference_completion,
     sft_sequence,
@@ -15,7 +20,9 @@ from data.contexts import (
 )
 from data.example import ExampleError, decode_example
 from data.prompts import PAPER, PromptSet
-from modeling.sequence import Image, Text, pack, segment_length
+from data.transforms import ImageTransform
+from modeling.layers import patchify
+from modeling.sequence import Gap, Image, Latent, Text, pack, segment_length
 from tests.data_helpers import cell, png, record, small_processor
 
 PROCESSOR = small_processor()
@@ -171,6 +178,137 @@ def test_sft_sequence_has_loss_on_the_reference_only(example, context, seed, len
     assert target.loss
     assert TOKENIZER.decode(target.token_ids) == "<think>because 4</think><answer>A</answer>"
     assert list(target.token_ids) == reference_completion(example, PROCESSOR)
+
+
+# ---- interleaved rows -------------------------------------------------------------------------
+
+DRAWS = dataclasses.replace(PROCESSOR, vae_transform=ImageTransform(28, 8, 4, 28 * 28))
+
+
+def draws(example, noisings=(), dropout=None):
+    """The row, the latents of picture i being (3, 4, 6) numbers i."""
+    latents = [torch.full((3, 4, 6), float(i)) for i in range(1 + len(example.visual_thoughts))]
+    return interleaved_sequence(example, DRAWS, latents, 2, noisings, dropout)
+
+
+def outline(segments):
+    """Texts (those with loss behind a sign), `picture i`, its value at a time, and grids."""
+    names = []
+    for segment in segments:
+        if isinstance(segment, Text):
+            names.append(">" * segment.loss + TOKENIZER.decode(segment.token_ids))
+        elif isinstance(segment, Latent):
+            value = segment.tokens[0, 0].item()
+            learned = segment.target is not None
+            names.append((value, segment.time) if learned else f"picture {value:.0f}")
+        else:
+            names.append("gap" if isinstance(segment, Gap) else (segment.height, segment.width))
+    return names
+
+
+@pytest.fixture
+def drawing(example):
+    return dataclasses.replace(example, thoughts=("a", "b", "c"))
+
+
+EVERYTHING = [
+    *("SYS", "picture 0", (2, 2), "question 4?"),
+    *("><think>a</think><image_start>", "picture 1", (2, 2)),
+    *("><image_end><think>b</think><image_start>", "picture 2", (2, 4)),
+    "><image_end><think>c</think><answer>A</answer>",
+]
+
+
+def test_layout_of_two_drawn_thoughts(drawing):
+    assert outline(draws(drawing)) == EVERYTHING
+
+
+def test_layout_of_one_and_of_no_drawn_thought(drawing):
+    pictures = drawing.visual_thoughts
+    one = dataclasses.replace(drawing, thoughts=("a", "c"), visual_thoughts=pictures[:1])
+    assert outline(draws(one)) == [*EVERYTHING[:7], EVERYTHING[-1]]
+    none = dataclasses.replace(drawing, thoughts=("c",), visual_thoughts=())
+    assert outline(draws(none)) == [*EVERYTHING[:4], "><think>c</think><answer>A</answer>"]
+
+
+def test_a_thought_is_noised_as_often_as_asked_before_it_is_shown(drawing):
+    """Along the line from the picture (1 or 2) to noise (9)."""
+    noise = torch.full((3, 4, 6), 9.0)
+    noisings = [[Noising(0.25, noise), Noising(0.5, noise)], [Noising(1.0, noise)]]
+    segments = draws(drawing, noisings)
+    expected = list(EVERYTHING)
+    expected[8:8] = [(9.0, 1.0)]
+    expected[5:5] = [(3.0, 0.25), (5.0, 0.5)]
+    assert outline(segments) == expected
+    targets = [s.target for s in segments if isinstance(s, Latent) and s.target is not None]
+    assert [(t.shape, t.unique().tolist()) for t in targets] == [
+        *[((6, 12), [9.0 - 1.0])] * 2,
+        ((6, 12), [9.0 - 2.0]),
+    ]
+
+
+def test_a_picture_is_its_latents_in_patches(drawing):
+    latents = list(torch.randn(3, 3, 4, 6, generator=torch.Generator().manual_seed(1)))
+    blocks = interleaved_sequence(drawing, DRAWS, latents, 2)
+    blocks = [block for block in blocks if isinstance(block, Latent)]
+    for block, picture in zip(blocks, latents, strict=True):
+        assert torch.equal(block.tokens, patchify(picture, 2))
+        assert (block.height, block.width) == (2, 3)
+
+
+def test_dropped_conditions_leave_their_places(drawing):
+    """What is left of the pictures stays where it was; a dropped question leaves none."""
+    noisings = [[Noising(0.5, torch.zeros(3, 4, 6))]] * 2
+    whole = draws(drawing, noisings)
+    kept = draws(drawing, noisings, ConditionDropout(False, frozenset({0, 2}), frozenset({1})))
+    gaps = [number for number, segment in enumerate(kept) if isinstance(segment, Gap)]
+    assert [outline(whole)[number] for number in gaps] == ["picture 0", (2, 2), "picture 2"]
+    assert gaps == [1, 7, 10]  # the patches of the problem, next to its latents, stay
+    there = [n for n in range(len(whole)) if n not in gaps]
+    assert [outline(kept)[n] for n in there] == [outline(whole)[n] for n in there]
+
+    def places(segments, numbers):
+        """Rotary positions of the blocks of these numbers."""
+        positions = pack([segments], TOKENIZER.special).position_ids
+        blocks = positions.split([segment_length(segment) for segment in segments])
+        return [blocks[n].tolist() for n in numbers]
+
+    assert places(kept, there) == places(whole, there)
+
+    silent = draws(drawing, noisings, ConditionDropout(text=True))
+    assert outline(silent) == outline(whole[:3] + whole[4:])
+    length = segment_length(whole[3])
+    moved = [[place - length for place in block] for block in places(whole, range(4, len(whole)))]
+    assert places(silent, range(3, len(silent))) == moved
+
+
+def test_both_encoders_see_the_picture_in_the_size_of_the_vae(example):
+    grey = PIL.Image.new("L", (56, 50), 200)
+    pictures = interleaved_pictures(dataclasses.replace(example, problem_image=grey), DRAWS)
+    assert [(p.size, p.mode) for p in pictures] == [
+        *[((28, 24), "RGB"), ((28, 28), "RGB"), ((28, 16), "RGB")],
+    ]
+    noisy = dataclasses.replace(example, problem_image=PIL.Image.effect_noise((56, 50), 90))
+    segments = draws(dataclasses.replace(noisy, thoughts=("a", "b", "c")))
+    resized = interleaved_pictures(noisy, DRAWS)[0]
+    expected = DRAWS.transform.segment(resized)
+    assert torch.equal(segments[2].patches, expected.patches)
+    assert not torch.equal(DRAWS.transform.segment(noisy.problem_image).patches, expected.patches)
+
+
+@pytest.mark.parametrize("thoughts", [("a", "b"), ("a", "b", "c", "d"), ()])
+def test_each_picture_needs_a_thought_on_both_sides(drawing, thoughts):
+    row = dataclasses.replace(drawing, thoughts=thoughts)
+    named = f"Toy/p4: {len(thoughts)} thoughts around 2 visual thoughts; one more is needed"
+    with pytest.raises(ExampleError, match=named):
+        draws(row)
+
+
+def test_empty_prompts_leave_their_blocks_out_of_interleaved_rows(drawing):
+    bare = dataclasses.replace(DRAWS, prompts=PromptSet("bare", "", "", "", " Go."))
+    latents = [torch.zeros(3, 4, 6)] * 3
+    segments = interleaved_sequence(drawing, bare, latents, 2)
+    assert outline(segments)[:3] == ["picture 0", (2, 2), "question 4? Go."]
 
 
 def test_sft_needs_the_text(example):

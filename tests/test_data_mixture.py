@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from data.example import DataError, ExampleError
 from data.mixture import Mixture, MixtureConfig, load_mixture, loader
 from data.transforms import ImageTransform
-from tests.data_helpers import cell, record, write_source
+from tests.data_helpers import cell, png, record, write_source
 
 FOLDER = Path(__file__).parents[1] / "data" / "configs"
 # The other files there are presets of the trainers.
 CONFIGS = [
     FOLDER / f"{name}.yaml"
     for name in ("visual_opsd", "text_reasoning", "mini_opsd", "mini_pretrain")
+    + ("interleaved_reasoning", "mini_interleaved")
 ]
 OPSD = {"group": "visual_opsd", "dataset_names": ("A", "B")}
 
@@ -167,6 +168,86 @@ def test_contexts_follow_their_shares(root):
     assert mixture(root).draw(0).context == "student"
 
 
+def test_the_interleaved_group_reads_thoughts_and_pictures_and_no_other_text(tmp_path):
+    rows = [record(i, full_text_only_thought=...) for i in range(4)]  # no such column
+    write_source(tmp_path, "A", rows)
+    source = mixture(tmp_path, group="interleaved_reasoning", dataset_names=("A",))
+    assert source.config.draws_pictures()
+    drawn = source.draw(0)
+    assert drawn.context == "interleaved"
+    number = drawn.example.pid[1:]
+    assert drawn.example.thoughts == (f"first {number}", f"second {number}")
+    assert len(drawn.example.visual_thoughts) == 1
+    assert drawn.example.full_text_only_thought == ""
+
+
+@pytest.mark.parametrize("group", ["text_reasoning", "interleaved_reasoning"])
+def test_a_group_may_mix_text_rows_and_rows_that_draw(root, group):
+    contexts = {"default": {"interleaved": 1, "student": 1}, "B": {"student": 1, "interleaved": 0}}
+    source = mixture(root, group=group, contexts=contexts)
+    assert source.config.draws_pictures()
+    drawn = [source.draw(i) for i in range(200)]
+    counts = Counter((draw.example.source, draw.context) for draw in drawn)
+    assert set(counts) == {("A", "interleaved"), ("A", "student"), ("B", "student")}
+    assert counts["A", "interleaved"] / 150 == pytest.approx(0.5, abs=0.15)
+    assert all(len(draw.example.thoughts) == 2 for draw in drawn)
+    assert all(draw.example.full_text_only_thought for draw in drawn)
+
+
+@pytest.mark.parametrize(
+    ("config", "draws"),
+    [
+        ({"group": "visual_opsd"}, False),
+        ({"group": "text_reasoning"}, False),
+        ({"group": "interleaved_reasoning", "contexts": {"default": {"teacher": 1}}}, False),
+        ({"group": "interleaved_reasoning", "contexts": {"A": {"teacher": 1}}}, True),  # B does
+        ({"group": "text_reasoning", "contexts": {"A": {"interleaved": 1}}}, True),
+        ({"group": "text_reasoning", "contexts": {"A": {"interleaved": 0, "student": 1}}}, False),
+    ],
+)
+def test_mixtures_that_draw_pictures(config, draws):
+    config = MixtureConfig(**{**OPSD, **config})
+    assert config.draws_pictures() is draws
+    assert (config.fields.interleaved, config.fields.thoughts) == (draws, draws)
+    assert config.fields.visual_thoughts or not draws
+
+
+def test_rows_without_a_thought_on_both_sides_of_each_picture_are_skipped(tmp_path):
+    rows = [record(i) for i in range(40)]
+    rows[3] |= {"resoning_thought_1": None}
+    rows[7] |= {"resoning_thought_0": ""}
+    rows[11] |= {"resoning_thought_2": "one too many"}
+    rows[20] |= {"reasoning_image_0": cell(None)}
+    rows[30] |= {"reasoning_image_0": cell(b"\x89PNG\r\n\x1a\n junk")}
+    rows[31] |= {"reasoning_image_1": cell(png(9)), "resoning_thought_2": "then"}  # two pictures
+    write_source(tmp_path, "A", rows)
+    draws = {"group": "interleaved_reasoning", "dataset_names": ("A",)}
+    source = mixture(tmp_path, **draws)
+    drawn = [source.draw(i) for i in range(40)]
+    counts = Counter(draw.row for draw in drawn)
+    bad = {3, 7, 11, 20, 30}
+    assert counts == Counter([row if row not in bad else row + 1 for row in range(40)])
+    assert sum(draw.skipped for draw in drawn) == len(bad) == source._reader.skipped["A"]
+    (two,) = [draw.example for draw in drawn if draw.row == 31 and not draw.skipped]
+    assert (len(two.thoughts), len(two.visual_thoughts)) == (3, 2)
+    with pytest.raises(ExampleError, match=r"row 3 of A: 1 thoughts around 1 visual thoughts; an"):
+        source.sources[0].example(3)
+    with pytest.raises(ExampleError, match=r"row 30 of A: column reasoning_image_\* is empty or d"):
+        source.sources[0].example(30)
+    # the same rows are good for a text-only baseline, which does not read them
+    text = mixture(tmp_path, group="text_reasoning", dataset_names=("A",))
+    assert sum(text.draw(i).skipped for i in range(40)) == 0
+
+
+def test_too_many_rows_that_cannot_be_drawn_stop_the_run(tmp_path):
+    rows = [record(i, **({"resoning_thought_1": None} if i % 8 == 0 else {})) for i in range(40)]
+    write_source(tmp_path, "A", rows)
+    source = mixture(tmp_path, group="interleaved_reasoning", dataset_names=("A",))
+    with pytest.raises(DataError, match="max_skip_fraction=0.01; the last one: .* 1 thoughts ar"):
+        for i in range(400):
+            source.draw(i)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_order_does_not_depend_on_workers(root, num_workers):
     batches = list(loader(mixture(root), 4, start_step=3, steps=5, num_workers=num_workers))
@@ -302,6 +383,10 @@ def test_shipped_paper_config_is_the_paper():
             "expected non-negative shares",
         ),
         ("text_reasoning: {dataset_names: [A], contexts: {C: {teacher: 1}}}", "contexts names 'C'"),
+        (
+            "interleaved_reasoning: {dataset_names: [A], contexts: {A: {drawn: 1}}}",
+            "of student, teacher, teacher_noise, interleaved",
+        ),
         (
             "visual_opsd: {dataset_names: [A], vit_image_transform_args: {image_stride: 14}}",
             "vit_image_transform_args: expected exactly",

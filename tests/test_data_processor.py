@@ -31,9 +31,11 @@ def folder(tokenizer, tmp_path):
 
 
 def test_round_trip(tokenizer, folder):
-    Processor(tokenizer, SMALL, MINI).save_pretrained(folder)
+    drawn = ImageTransform(64, 32, 16, 4096)
+    Processor(tokenizer, SMALL, MINI, drawn).save_pretrained(folder)
     loaded = Processor.from_pretrained(folder)
     assert (loaded.transform, loaded.prompts) == (SMALL, MINI)
+    assert loaded.vae_transform == drawn
     assert loaded.tokenizer.encode("right") == [1]
     assert loaded.tokenizer.special == tokenizer.special
 
@@ -44,7 +46,16 @@ def test_released_folders_get_the_paper_settings(folder, foreign):
         (folder / "preprocessor_config.json").write_text(json.dumps(foreign))
     loaded = Processor.from_pretrained(folder)
     assert loaded.transform == ImageTransform(980, 378, 14, 2_007_040)
+    assert loaded.vae_transform == ImageTransform(1024, 512, 16, 2_007_040)
     assert loaded.prompts == PAPER
+
+
+def test_folders_from_before_pictures_were_drawn_get_the_released_limits(folder):
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(SIZES | {"prompt_set": "mini"}))
+    loaded = Processor.from_pretrained(folder)
+    assert (loaded.transform, loaded.prompts) == (ImageTransform(56, 28, 14, 3136), MINI)
+    assert loaded.vae_transform == ImageTransform(1024, 512, 16, 2_007_040)
 
 
 def test_wrong_files_are_refused(folder):
@@ -54,6 +65,13 @@ def test_wrong_files_are_refused(folder):
         Processor.from_pretrained(folder)
     file.write_text(json.dumps({"prompt_set": "mini", "stride": 14}))
     with pytest.raises(ValueError, match="expected exactly .*got .'stride'"):
+        Processor.from_pretrained(folder)
+    wrong = SIZES | {"prompt_set": "mini", "vae_transform": {"image_stride": 16}}
+    file.write_text(json.dumps(wrong))
+    with pytest.raises(DataError, match="config.json: vae_transform: expected exactly .*got .'im"):
+        Processor.from_pretrained(folder)
+    file.write_text(json.dumps(wrong | {"vae_transform": SIZES | {"image_stride": 1.5}}))
+    with pytest.raises(DataError, match="vae_transform: image_stride is 1.5; expected a whole num"):
         Processor.from_pretrained(folder)
 
 

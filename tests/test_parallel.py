@@ -20,12 +20,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.contexts import student_context
 from modeling.bagel import text_logits
-from modeling.pretrained import load_pretrained
-from modeling.sequence import Text, pack
+from modeling.pretrained import is_generation_key, load_pretrained
+from modeling.sequence import Latent, Text, pack
 from tests.training import (
     PROBES,
     WORLD,
     base_processor,
+    drawing_base,
     draws,
     largest_difference,
     metric_lines,
@@ -337,6 +338,106 @@ def test_wrapped_modules_compute_with_their_current_weights(runs, mesh, rank):
             assert report[f"{name} {turn}"] <= 2e-5, name
         assert report[f"stale {turn}"] > 1e-2  # an EMA teacher that never changed would be here
     assert 0 < report["bfloat16"] < 0.2
+
+
+# ---- rows that draw -----------------------------------------------------------------------------
+
+SHARDS = {"fsdp": 2, "ddp": 1}
+# Rows of text and rows that draw, half and half.
+HALF = """interleaved_reasoning:
+  dataset_names: [Ragged, Visual_Search]
+  weights: [1, 1]
+  contexts: {Visual_Search: {student: 1}}
+"""
+COMMON = {"visual_gen": True, "noisings": 2, "vit_cond_dropout_prob": 0.0, "global_batch": 4}
+COMMON |= {"micro_batch": 2, "total_steps": 3, **LINEAR}
+DRAWING = {
+    "drawn": {},
+    "frozen": {"freeze_und": True, "max_num_tokens": 205},  # forwards of unequal numbers
+    "blind": {"vit_cond_dropout_prob": 0.7, "max_num_tokens": 205},  # and without patches
+}
+
+
+def drawing_config(where: Path, run: str, space: Path):
+    """In a workspace that may be another process's."""
+    paths = {"model_path": space / "drawing", "data_root": space / "datasets"}
+    paths["dataset_config_file"] = space / "half.yaml"
+    return sft_config(where / run, **{**COMMON, **DRAWING[run], **paths})
+
+
+def work_on_drawings(rank: int, port: int, space: Path, folder: Path) -> None:
+    """Every run on both meshes, the one that has most to go wrong at the end."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    with distributed(ModelArguments(device="cpu"), 2, COMMON["global_batch"]) as world:
+        for run in DRAWING:
+            for name, shards in SHARDS.items():
+                here = dataclasses.replace(world, num_shard=shards)
+                sft.train(drawing_config(folder / name, run, space), here)
+                world.barrier()
+                (folder / name / run / f"done{rank}").touch()
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """Folder of the runs by mesh, and of one process (`one`); some of them may be missing."""
+    folder, space = tmp_path_factory.mktemp("drawings"), drawing_base().parent
+    (space / "half.yaml").write_text(HALF)
+    processes = mp.spawn(work_on_drawings, (*free_ports(1), space, folder), nprocs=2, join=False)
+    for run in DRAWING:
+        sft.train(drawing_config(folder / "one", run, space), WORLD)
+    deadline = time.monotonic() + PATIENCE / 5
+    try:
+        while not processes.join(timeout=1) and time.monotonic() < deadline:
+            pass
+    except mp.ProcessRaisedException as error:
+        print(error)
+    for process in processes.processes:
+        process.kill()
+    return folder
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("run", DRAWING)
+@pytest.mark.parametrize("name", SHARDS)
+def test_runs_that_draw_are_those_of_one_process(drawings, name, run):
+    one, other = drawings / "one" / run, drawings / name / run
+    assert sorted(file.name for file in other.glob("done*")) == ["done0", "done1"]
+    for expected, line in zip(metric_lines(one), metric_lines(other), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    base, first, second = weights_of(drawing_base()), weights_of(one, 3), weights_of(other, 3)
+    assert largest_difference(first, second) <= TOLERANCE
+    moved = {
+        drawing: max(
+            float((first[key] - base[key]).abs().max())
+            for key in base
+            if is_generation_key(key) is drawing
+        )
+        for drawing in (True, False)
+    }
+    assert moved[True] > MOVED / 10 and (moved[False] > MOVED / 10) is not (run == "frozen")
+
+
+@pytest.mark.dist
+def test_the_runs_that_draw_have_what_sets_processes_apart(drawings):
+    """Steps in which a rank has no row that draws, or fewer forwards; forwards without patches."""
+    space, pictures, forwards, patches = drawing_base().parent, set(), set(), set()
+    config = drawing_config(drawings / "one", "blind", space)
+    model, mixture = sft.open_trainee(config, WORLD), sft.open_mixture(config)
+    processor = sft.open_processor(config, mixture)
+    interleaver = sft.open_interleaver(config, model, processor, WORLD)
+    for step in range(COMMON["total_steps"]):
+        rows = draws(config, step)
+        sequences = sft.step_sequences(rows, processor, interleaver, step, config.run.global_seed)
+        ranks = [sft.forwards(sequences[i : i + 2], 2, 205) for i in (0, 2)]
+        forwards.add(tuple(map(len, ranks)))
+        for parts in ranks:
+            rank = [segment for part in parts for row in part for segment in row]
+            pictures.add(any(isinstance(segment, Latent) for segment in rank))
+            patches |= {any(hasattr(s, "patches") for row in part for s in row) for part in parts}
+    assert pictures == patches == {True, False}
+    assert {a != b for a, b in forwards} == {True, False}, forwards
 
 
 # ---- one process --------------------------------------------------------------------------------

@@ -57,10 +57,10 @@ class Interleaver:
         for place, (row, example) in enumerate(rows):
             for number, picture in enumerate(interleaved_pictures(example, self.processor)):
                 pixels[place, number] = self.processor.vae_transform(picture)
-                by_size[picture.size].append((place, number, row))
+                by_size[pixels[place, number].shape].append((place, number, row))
         encoded: dict[tuple[int, int], Tensor] = {}
         config = self.autoencoder.config
-        for (width, height), members in by_size.items():
+        for (_, height, width), members in by_size.items():
             shape = config.z_channels, height // config.downsample, width // config.downsample
             noise = [
                 noise_like(shape, stream_seed(self.seed, "vae", step, row, number))

@@ -119,11 +119,17 @@ def open_model(
     model = load_pretrained(path, weights=weights, experts=experts, device=world.device)
     model.attention_backend = backend
     model.set_activation_checkpointing(config.model.activation_checkpointing)
-    if announce and world.is_main:
-        count = sum(p.numel() for p in model.parameters()) / 1e6
-        opened = find_weights(path, weights).name
-        print(f"opened {opened}: {count:.2f} M trainable parameters", flush=True)
+    if announce:
+        announce_model(config, model, world)
     return model
+
+
+def announce_model(config: TrainConfig, model: Bagel, world: World) -> None:
+    """Say which weights were opened, and how many of them are trained."""
+    if world.is_main:
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        opened = find_weights(config.model.model_path, config.model.weights).name
+        print(f"opened {opened}: {count:.2f} M trainable parameters", flush=True)
 
 
 def open_processor(config: TrainConfig, mixture: Mixture) -> Processor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.contexts import sft_sequence
 from data.mixture import INTERLEAVED, Drawn, Mixture
-from data.processor import Processor
+from data.processor import Processor, check_drawing_limits
 from data.streams import stream_seed
 from modeling.bagel import Bagel, NoGenerationError
 from modeling.pretrained import is_generation_key, load_autoencoder
@@ -29,6 +29,7 @@ from train.losses import chunked_logprobs
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
 from train.parallel import World, wrap
 from train.session import (
+    announce_model,
     observe_draws,
     open_loader,
     open_metrics,
@@ -113,9 +114,9 @@ def open_trainee(config: SftConfig, world: World) -> Bagel:
         NoGenerationError: drawing is to be trained, but the checkpoint has no latent heads.
     """
     tuning = config.tuning
-    model = open_model(config, world, experts="all" if tuning.visual_gen else "und")
     if not tuning.visual_gen:
-        return model
+        return open_model(config, world)
+    model = open_model(config, world, announce=False, experts="all")
     if not model.can_draw:
         raise NoGenerationError(
             f"{config.model.model_path} has no latent heads (vae2llm, llm2vae, time_embedder), so "
@@ -125,17 +126,24 @@ def open_trainee(config: SftConfig, world: World) -> Bagel:
     if tuning.freeze_und:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_generation_key(name))
+    announce_model(config, model, world)
     return model
 
 
 def open_interleaver(
     config: SftConfig, model: Bagel, processor: Processor, world: World
 ) -> Interleaver | None:
-    """The maker of interleaved rows; None where there are none."""
+    """The maker of interleaved rows; None where there are none.
+
+    Raises:
+        DataError: picture sizes of the VAE that the model cannot take.
+    """
     if not config.tuning.visual_gen:
         return None
-    autoencoder = load_autoencoder(config.model.model_path, device=world.device)
+    path = config.model.model_path
+    autoencoder = load_autoencoder(path, device=world.device)
     autoencoder.requires_grad_(False)
+    check_drawing_limits(processor.vae_transform, model.config, autoencoder.config, str(path))
     patch = model.config.latent_patch_size
     return Interleaver(autoencoder, processor, patch, config.tuning, config.run.global_seed)
 
@@ -190,8 +198,9 @@ def in_step(batches: list[PackedBatch], world: World) -> Iterator[tuple[PackedBa
     """Each batch with share 1; then one with share 0, as often as other ranks have more: they
     meet in every forward.
     """
+    most = int(world.max(len(batches)))  # asked for before the first forward, which is one meeting
     yield from ((batch, 1.0) for batch in batches)
-    for _ in range(int(world.max(len(batches))) - len(batches)):
+    for _ in range(most - len(batches)):
         yield batches[-1], 0.0
 
 

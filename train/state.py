@@ -56,6 +56,7 @@ FREE = frozenset(
     + ["validate_every", "validation_samples"]
 )
 SMALL_FILES = ("llm_config.json", "vit_config.json", "tokenizer.json", "preprocessor_config.json")
+AUTOENCODER = ("vae_config.json", "ae.safetensors")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weight file
 
 
@@ -95,7 +96,8 @@ def _fingerprint(folder: Path, weights: WeightFiles) -> str:
     for name in SMALL_FILES:
         file = folder / name
         digest.update(file.read_bytes() if file.is_file() else b"absent")
-    for file in sorted(set(weights.location.values())):
+    pictures = [file for name in AUTOENCODER if (file := folder / name).is_file()]
+    for file in sorted({*weights.location.values(), *pictures}):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as handle:
