@@ -68,7 +68,7 @@ def test_patchify_order_is_row_column_channel():
     for _ in range(50):
         i, j, p, q, c = (int(rng.integers(n)) for n in (2, 3, 14, 14, 3))
         assert patches[i * 3 + j, (p * 14 + q) * 3 + c] == pixels[c, i * 14 + p, j * 14 + q]
-    with pytest.raises(ValueError, match="28x42 do not divide"):
+    with pytest.raises(ValueError, match="28x42 does not divide"):
         patchify(pixels, 5)
 
 
