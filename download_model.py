@@ -255,6 +255,7 @@ def verify_model(folder: Path) -> Report:
         return report
     # the weights that load_pretrained prefers come first
     names = ("model", "ema") if (folder / "run.json").is_file() else ("ema", "model")
+    check_unfinished(folder, report)
     unreadable = check_json(folder, report)
     config = read_config(folder, unreadable, report)
     check_tokenizer(folder, report)
@@ -276,6 +277,17 @@ def verify_model(folder: Path) -> Report:
     if stored:
         say_whether_it_draws(folder, stored[0], report)
     return report
+
+
+def check_unfinished(folder: Path, report: Report) -> None:
+    """What the hub's client was fetching when it was stopped."""
+    cache = folder / ".cache" / "huggingface" / "download"
+    for part in sorted(cache.rglob("*.incomplete")):
+        name = part.relative_to(cache).as_posix().partition(".incomplete")[0]
+        report.problem(
+            "download",
+            f"{name} is not complete, {part.stat().st_size:,} bytes there; run the download again",
+        )
 
 
 def check_json(folder: Path, report: Report) -> set[str]:
@@ -558,6 +570,7 @@ def memory_table(rows: Sequence[Stage]) -> str:
 def verify_data(folder: Path) -> Report:
     """Footers, row counts and columns of the parquet files of a data set."""
     report = Report(f"{folder}, a data set")
+    check_unfinished(folder, report)
     folder = folder.resolve()  # its name says which data set it is
     rows, columns = {}, {}
     for file in sorted((folder / "data").glob("*.parquet")):

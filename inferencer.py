@@ -47,7 +47,12 @@ from modeling.generation import (
 from modeling.generation import decode as write
 from modeling.kv_cache import KVCache
 from modeling.layers import unpatchify
-from modeling.pretrained import Weights, load_autoencoder, load_pretrained
+from modeling.pretrained import (
+    Weights,
+    load_autoencoder,
+    load_pretrained,
+    require_drawing,
+)
 from modeling.sequence import Segment, Text, decode_batch, segment_length
 from modeling.tokenizer import SpecialTokens, Tokenizer
 
@@ -196,7 +201,7 @@ class InterleaveInferencer:
                 The weights go through CPU memory, all of them at a time.
 
         Raises:
-            NoGenerationError: `draws`, but the folder has no latent heads.
+            NoGenerationError: `draws`, but the folder has no generation expert or latent heads.
             CheckpointError: `draws`, but the folder has no VAE.
         """
         dispatch = None
@@ -204,13 +209,10 @@ class InterleaveInferencer:
             if torch.device(device).type != "cpu":
                 raise ValueError(f"device={device} and device_map exclude each other: give one")
             dispatch = Dispatch(device_map, max_memory, offload_folder)
+        if draws:
+            require_drawing(path, weights)
         experts = "all" if draws else "und"
         model = load_pretrained(path, weights, experts, dtype=dtype, device=device)
-        if draws and not model.can_draw:
-            raise NoGenerationError(
-                f"{path} cannot draw: it has no latent heads (vae2llm, llm2vae, time_embedder). "
-                "It answers in text (draws=False); to draw, open a checkpoint that has them"
-            )
         if dispatch is not None:
             model = dispatch.place(model)
         vae_model = load_autoencoder(path, dtype, model.device) if draws else None
@@ -497,8 +499,16 @@ class InterleaveInferencer:
         bar: tqdm,
     ) -> Tensor:
         """(B, Z, h, w) drawn latents of pictures of `shape` (height, width)."""
+        self._check_shape(shape)
         config = self._autoencoder().config
-        stride = config.downsample * self.model.config.latent_patch_size
+        grid = config.z_channels, shape[0] // config.downsample, shape[1] // config.downsample
+        noise = torch.stack([self.noise(grid, seed, "draw", number) for seed in seeds])
+        special = self.processor.tokenizer.special
+        return draw(self.model, *contexts, noise, params, special, bar.update)
+
+    def _check_shape(self, shape: tuple[int, int]) -> None:
+        """Raise ValueError for a picture that does not divide into latent tokens, or is too big."""
+        stride = self._autoencoder().config.downsample * self.model.config.latent_patch_size
         if shape[0] % stride or shape[1] % stride:
             raise ValueError(
                 f"pictures of {shape[1]}x{shape[0]} pixels do not divide into latent tokens of "
@@ -506,10 +516,6 @@ class InterleaveInferencer:
             )
         side = self.model.config.max_latent_size
         latent_position_ids(shape[0] // stride, shape[1] // stride, side)  # checks the size
-        grid = config.z_channels, shape[0] // config.downsample, shape[1] // config.downsample
-        noise = torch.stack([self.noise(grid, seed, "draw", number) for seed in seeds])
-        special = self.processor.tokenizer.special
-        return draw(self.model, *contexts, noise, params, special, bar.update)
 
     def _pictures(self, latents: Tensor) -> list[PIL.Image.Image]:
         pixels = decode(self._autoencoder(), latents)  # (B, 3, H, W) in [-1, 1]
@@ -540,6 +546,8 @@ class InterleaveInferencer:
         Args:
             seed: of the posterior noise; None draws one from torch's global generator.
         """
+        if not (vae or vit):
+            raise ValueError("vae=False and vit=False show nothing of the image")
         segments = self._image(image, _seed(seed), 0, vae, vit)
         return GenContext(self._extended(gen_context.cache, [segments]))
 
@@ -606,6 +614,7 @@ class InterleaveInferencer:
             max_length: tokens, the opening one included.
             seed: of the sampling; None draws one from torch's global generator.
         """
+        _check_length(max_length, "max_length")
         params = SamplingParams(max_length - 1, temperature if do_sample else 0.0, 0)
         seeds = [_seed(seed)] if do_sample else [0]
         (rollout,) = self.write_round(gen_context.cache, params, seeds)
@@ -664,6 +673,8 @@ class InterleaveInferencer:
             not isinstance(item, (str, PIL.Image.Image)) for item in input_lists
         )
         inputs = [list(items) for items in input_lists] if batch else [list(input_lists)]
+        self._check_inputs(inputs, None)
+        _check_length(max_think_token_n, "max_think_token_n")
         first = _seed(seed)
         seeds = [stream_seed(first, "rollout", number) for number in range(len(inputs))]
         temperature = text_temperature if do_sample else 0.0
@@ -707,6 +718,8 @@ class InterleaveInferencer:
         """The output pieces for an image, a text, both, or any list of them; `options` are those of
         `interleave_inference`.
         """
+        if isinstance(image, str):
+            raise TypeError(f"image is {image!r}: open the file with PIL.Image.open")
         items = [piece for piece in (image, text) if piece is not None]
         items += input_list or []
         return self.interleave_inference(items, **options)
@@ -736,6 +749,11 @@ def token_ids(special: SpecialTokens) -> dict[str, int]:
 
 def _seed(seed: int | None) -> int:
     return int(torch.randint(2**62, ())) if seed is None else seed
+
+
+def _check_length(value: int, name: str) -> None:
+    if value < 2:
+        raise ValueError(f"{name}={value} leaves no token after the opening one: give at least 2")
 
 
 def _without_shortcut(enable_taylorseer: bool) -> None:

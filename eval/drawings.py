@@ -15,11 +15,12 @@ import PIL.Image
 from PIL import ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data.example import Example, Fields
+from data.example import DataError, Example, Fields
 from data.parquet import SPLITS, RowReader, iter_examples
 from eval.run import Prediction, predict_interleaved
 from eval.session import (
     add_drawing_flags,
+    announce,
     drawing_params,
     open_sources,
     parser_of,
@@ -65,14 +66,17 @@ def _block(task: str, items: list[Item]) -> PIL.Image.Image:
         for column, picture in zip(columns, shown, strict=True):
             block.paste(_enlarged(picture), (MARGIN + column * (SIDE + MARGIN), y))
         x = MARGIN + len(COLUMNS) * (SIDE + MARGIN)
-        lines = [(INK, f"Q: {example.question}"), (MUTED, prediction.text)]
         said = "no answer" if prediction.answer is None else prediction.answer
         verdict = "right" if prediction.correct else f"wrong, it is {example.answer}"
-        lines.append((RIGHT if prediction.correct else WRONG, f"A: {said} ({verdict})"))
-        for colour, text in lines:
-            for part in textwrap.wrap(text, 40):
-                pen.text((x, y), part, fill=colour, font=font)
-                y += LINE
+        texts = [
+            (INK, f"Q: {example.question}"),
+            (RIGHT if prediction.correct else WRONG, f"A: {said} ({verdict})"),
+            (MUTED, prediction.text),
+        ]
+        lines = [(colour, part) for colour, text in texts for part in textwrap.wrap(text, 40)]
+        for colour, part in lines[: SIDE // LINE]:  # a long thought is cut
+            pen.text((x, y), part, fill=colour, font=font)
+            y += LINE
     return block
 
 
@@ -95,11 +99,14 @@ def draw_page(args: argparse.Namespace) -> Path:
     inferencer = InterleaveInferencer.from_pretrained(
         args.model_path, device, dtype, args.weights, draws=True
     )
+    announce(args.model_path, args.weights, inferencer.model)
     params = InterleaveParams(args.max_new_tokens, 0.0, args.max_rounds, drawing_params(args))
     reader, tasks = RowReader(sources.max_skip_fraction), {}
     for name in tqdm(sources.dataset_names, desc="drawing", unit="task"):
         rows = [args.data_root, [name], reader, args.split, args.per_task]
         examples = list(iter_examples(*rows, fields=FIELDS))
+        if not examples:
+            raise DataError(f"{name}: no usable row; the last one: {reader.last_error}")
         answers = predict_interleaved(inferencer, examples, params, args.seed)
         tasks[name] = [
             (example, *answer) for example, answer in zip(examples, answers, strict=True)

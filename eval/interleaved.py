@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.example import Example, Fields
+from data.example import DataError, Example, Fields
 from data.parquet import SPLITS, RowReader, iter_examples
 from eval.run import Prediction, all_scores, predict, predict_interleaved
 from eval.session import (
     add_drawing_flags,
+    announce,
     drawing_params,
     markdown_table,
     open_sources,
@@ -67,10 +68,15 @@ def open_systems(args: argparse.Namespace, device: torch.device) -> dict[str, Sy
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
 
-    def opened(path: str, draws: bool = False) -> InterleaveInferencer:
-        return InterleaveInferencer.from_pretrained(path, device, DTYPES[name], "auto", draws)
+    def opened(path: str, weights: str, draws: bool = False) -> InterleaveInferencer:
+        inferencer = InterleaveInferencer.from_pretrained(
+            path, device, DTYPES[name], weights, draws
+        )
+        announce(path, weights, inferencer.model)
+        return inferencer
 
-    drawing, text = opened(args.model_path, draws=True), opened(args.model_path)
+    drawing = opened(args.model_path, args.weights, draws=True)
+    text = opened(args.model_path, args.weights)
     sampling = SamplingParams(args.max_new_tokens, 0.0, 0)
 
     def interleaved(guided: bool) -> System:
@@ -84,9 +90,10 @@ def open_systems(args: argparse.Namespace, device: torch.device) -> dict[str, Sy
     def text_only(inferencer: InterleaveInferencer) -> System:
         return lambda batch: predict(inferencer, batch, "student", sampling, args.seed)
 
-    systems = {GUIDED: interleaved(True), DRAWN: interleaved(False), BASE: text_only(text)}
+    systems = {GUIDED: interleaved(True)} if args.cfg_text_scale > 1 else {}
+    systems |= {DRAWN: interleaved(False), BASE: text_only(text)}
     if args.student_path:
-        systems[STUDENT] = text_only(opened(args.student_path))
+        systems[STUDENT] = text_only(opened(args.student_path, "auto"))
     return systems
 
 
@@ -95,10 +102,15 @@ def read_examples(args: argparse.Namespace) -> list[list[Example]]:
     sources = open_sources(args.dataset_config_file)
     reader = RowReader(sources.max_skip_fraction)
     root, split = args.data_root, args.split
-    return [
-        list(iter_examples(root, [name], reader, split, args.limit_per_task, fields=FIELDS))
-        for name in sources.dataset_names
-    ]
+    tasks = []
+    for name in sources.dataset_names:
+        rows = iter_examples(root, [name], reader, split, args.limit_per_task, fields=FIELDS)
+        tasks.append(list(rows))
+        if not tasks[-1]:
+            raise DataError(f"{name}: no usable row; the last one: {reader.last_error}")
+    if reader.skipped:
+        print(f"{reader.skipped.total()} unusable rows; the last one: {reader.last_error}")
+    return tasks
 
 
 def accuracies(

@@ -89,7 +89,10 @@ def predict_interleaved(
     """Write, draw and score one batch."""
     seeds = [stream_seed(seed, "rollout", example.key) for example in examples]
     suffix = inferencer.processor.prompts.instruction_suffix
-    given = [example.visual_thoughts for example in examples] if true_pictures else None
+    given = None
+    if true_pictures:  # and no picture beyond them
+        given = [example.visual_thoughts for example in examples]
+        params = dataclasses.replace(params, max_rounds=max(map(len, given)))
     start = time.perf_counter()
     inputs = [[example.problem_image, example.question + suffix] for example in examples]
     answers = inferencer.interleave_batch(inputs, params, seeds, given=given)
@@ -236,6 +239,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
     )
+    if args.eval_image_skips and args.context in INTERLEAVED:
+        raise UsageError(f"--eval_image_skips is not for --context {args.context}: it draws")
     if args.temperature < 0 or args.eval_image_skips < 0:
         raise UsageError("--temperature and --eval_image_skips must not be negative")
     evaluation = Evaluation(args, open_sources(args.dataset_config_file))

@@ -65,7 +65,12 @@ def drawing_params(args: argparse.Namespace, guided: bool = True) -> DrawingPara
         args.cfg_renorm_type,
         args.cfg_renorm_min,
     )
-    return DrawingParams(args.num_timesteps, args.timestep_shift, guidance)
+    if args.max_rounds < 0:
+        raise UsageError(f"--max_rounds must be 0 or more, got {args.max_rounds}")
+    try:
+        return DrawingParams(args.num_timesteps, args.timestep_shift, guidance)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
 
 
 def pick_device(name: str) -> torch.device:

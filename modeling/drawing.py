@@ -24,6 +24,7 @@ from modeling.sequence import Latent, PackedBatch, pack
 from modeling.tokenizer import SpecialTokens
 
 Step = Callable[[], None]
+MAX_PIXELS = 1024 * 1024  # that the VAE takes at a time
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,40 @@ class DrawingParams:
     timestep_shift: float = 3.0
     guidance: Guidance = field(default_factory=Guidance)
 
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps={self.num_timesteps} bounds no step: give at least 2")
+        if not self.timestep_shift > 0:
+            raise ValueError(f"timestep_shift={self.timestep_shift} must be above 0")
+
 
 @torch.no_grad()
 def encode(autoencoder: AutoEncoder, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
     """Latents (B, Z, h, w) in float32 of pixels (B, 3, H, W); see `AutoEncoder.encode`."""
     weight = autoencoder.encoder.conv_in.weight
-    if noise is not None:
-        noise = noise.to(weight.device, weight.dtype)
-    return autoencoder.encode(pixels.to(weight.device, weight.dtype), noise).float()
+    parts = []
+    for some in _bounded(pixels, *pixels.shape[-2:]):
+        own = None if noise is None else noise[some].to(weight.device, weight.dtype)
+        parts.append(autoencoder.encode(pixels[some].to(weight.device, weight.dtype), own).float())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def decode(autoencoder: AutoEncoder, latents: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) float32, cut to [-1, 1], of latents (B, Z, h, w)."""
     weight = autoencoder.decoder.conv_in.weight
-    return autoencoder.decode(latents.to(weight.device, weight.dtype)).float().clamp(-1, 1)
+    factor = autoencoder.config.downsample
+    parts = [
+        autoencoder.decode(latents[some].to(weight.device, weight.dtype)).float().clamp(-1, 1)
+        for some in _bounded(latents, *(side * factor for side in latents.shape[-2:]))
+    ]
+    return torch.cat(parts)
+
+
+def _bounded(batch: Tensor, height: int, width: int) -> list[slice]:
+    """Parts of a batch of pictures that the VAE takes at a time: its memory grows with pixels."""
+    size = max(1, MAX_PIXELS // (height * width))
+    return [slice(start, start + size) for start in range(0, len(batch), size)]
 
 
 def latent_segment(

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modeling.autoencoder import AutoEncoder
-from modeling.bagel import Bagel
+from modeling.bagel import Bagel, NoGenerationError
 from modeling.config import BagelConfig, VAEConfig
 
 Weights = Literal["auto", "student", "ema"]
@@ -113,6 +113,29 @@ def _open(path: Path) -> safe_open:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
 
 
+def require_drawing(path: str | Path, weights: Weights = "auto") -> None:
+    """Look, without reading weights, whether a folder has what it takes to draw besides the VAE.
+
+    Raises:
+        NoGenerationError: no generation expert, or no latent heads.
+    """
+    keys = find_weights(path, weights).location
+    parts = {
+        "generation expert (*_moe_gen)": any("moe_gen" in key for key in keys),
+        "latent heads (vae2llm, llm2vae, time_embedder)": _has_latent_heads(keys),
+    }
+    if absent := [part for part, there in parts.items() if not there]:
+        raise NoGenerationError(
+            f"{path} cannot draw: it has no {' and no '.join(absent)}. It answers in text; to "
+            "draw, or to learn it, use a checkpoint that has them, such as BAGEL-7B-MoT"
+        )
+
+
+def _has_latent_heads(keys: Iterable[str]) -> bool:
+    """The table of positions alone is none: it is a constant."""
+    return any(key.startswith(LATENT_HEADS) and key not in RECOMPUTED for key in keys)
+
+
 def load_pretrained(
     path: str | Path,
     weights: Weights = "auto",
@@ -135,7 +158,7 @@ def load_pretrained(
     """
     files = find_weights(path, weights)
     keys = set(files.location)
-    visual_gen = experts == "all" and any(key.startswith(LATENT_HEADS) for key in keys)
+    visual_gen = experts == "all" and _has_latent_heads(keys)
     overrides = {}
     if "latent_pos_embed.pos_embed" in keys:
         overrides["max_latent_size"] = round(files.shape("latent_pos_embed.pos_embed")[0] ** 0.5)

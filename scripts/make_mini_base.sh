@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Remake models/mini-base, the checkpoint that ships with the code. First its understanding path:
 # random weights, train.sft on miniature rows, a checkpoint chosen on validation data. Then how it
-# draws: a VAE, and train.sft on interleaved rows, the understanding path staying as it is. Three
-# quarters of an hour on two cores.
+# draws: a VAE, and train.sft on interleaved rows, the understanding path staying as it is. About an
+# hour on two cores.
 #   bash scripts/make_mini_base.sh [--seed N] [--understanding CHECKPOINT] [OUTPUT]
 # The seed is that of data, initial weights and run; seed N > 0 goes to models/mini-base-seedN.
 # --understanding takes that path from a checkpoint and makes the second half only.

@@ -607,3 +607,15 @@ def test_help_names_every_repository():
     for name, repo in (MODELS | DATA_SETS).items():
         assert f"{name} " in done.stdout and repo in done.stdout
     assert "all-data" in done.stdout and "--verify-only" in done.stdout
+
+
+def test_files_that_were_being_fetched_are_named(tmp_path, capsys):
+    folder = tmp_path / "base"
+    shutil.copytree(MINI, folder)
+    (folder / "ae.safetensors").unlink()
+    part = folder / ".cache" / "huggingface" / "download" / "ae.safetensors.ab12.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 10)
+    assert main(["--verify-only", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "ae.safetensors.ab12 is not complete, 10 bytes there" in out and "1 problem" in out

@@ -127,7 +127,7 @@ def test_noise_in_place_of_drawings_is_refused(tmp_path, capsys):
 
 
 def test_base_without_latent_heads_is_refused(tmp_path):
-    with pytest.raises((NoGenerationError, UsageError), match="cannot draw, it has no latent"):
+    with pytest.raises((NoGenerationError, UsageError), match="cannot draw: it has no latent"):
         run_opsd(tmp_path, **generated(tmp_path, model_path=workspace() / "base"))
 
 

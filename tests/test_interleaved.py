@@ -19,7 +19,7 @@ from modeling.drawing import DrawingParams, decode, draw, encode, latent_segment
 from modeling.flow import Guidance
 from modeling.generation import Rollout, Round, SamplingParams, open_cache
 from modeling.layers import patchify, unpatchify
-from modeling.pretrained import CheckpointError
+from modeling.pretrained import CheckpointError, load_pretrained, save_pretrained
 from modeling.sequence import Text, pack
 from tests.test_generation import REQUEST, SkippingTokenizer
 from tests.tiny_model import TINY_VAE, TOKENS, tiny_autoencoder, tiny_bagel, tiny_drawer
@@ -508,3 +508,31 @@ def test_a_checkpoint_without_what_draws_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"copy/ae.safetensors is missing: this checkpoint"):
         InterleaveInferencer.from_pretrained(folder, draws=True)
     assert InterleaveInferencer.from_pretrained(folder).vae_model is None
+
+
+def test_understanding_export_says_what_it_lacks(tmp_path):
+    """Before any weights are read; a folder of the understanding path alone is a common export."""
+    folder = tmp_path / "und"
+    shutil.copytree(drawing_base(), folder)
+    model = load_pretrained(drawing_base())
+    save_pretrained(dict(model.named_parameters()), model.config, folder)
+    message = "und cannot draw: it has no generation expert .* and no latent heads"
+    with pytest.raises(NoGenerationError, match=message):
+        InterleaveInferencer.from_pretrained(folder, draws=True)
+
+
+def test_a_path_is_not_taken_for_a_text():
+    inferencer = InterleaveInferencer.from_pretrained(drawing_base(), draws=True)
+    with pytest.raises(TypeError, match="image is 'photo.png': open the file"):
+        inferencer("photo.png", "q", understanding_output=True)
+    with pytest.raises(TypeError, match="input 0 holds"):
+        inferencer.interleave_inference([["q", 3]], understanding_output=True)
+
+
+@pytest.mark.parametrize("name", ["max_think_token_n", "max_length"])
+def test_lengths_are_named_as_they_were_given(name):
+    inferencer = InterleaveInferencer.from_pretrained(drawing_base(), draws=True)
+    with pytest.raises(ValueError, match=f"{name}=1 leaves no token"):
+        if name == "max_length":
+            inferencer.gen_text(inferencer.init_gen_context(), 1)
+        inferencer.interleave_inference(["q"], max_think_token_n=1)

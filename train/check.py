@@ -9,13 +9,22 @@ and one line; torchrun would bury that line under its own traceback. No weights 
 import argparse
 import sys
 
-from train.config import OpsdConfig, SftConfig, parse_opsd, parse_sft
+from data.processor import check_drawing_limits
+from modeling.config import BagelConfig, VAEConfig
+from modeling.pretrained import require_drawing
+from train.config import OpsdConfig, SftConfig, TrainConfig, parse_opsd, parse_sft
 from train.folders import find_resumable
 from train.session import base_weights, exit_on_user_error, open_mixture, open_processor
 from train.sft import check_contexts
 from train.validation import check_probe_set
 
 PARSERS = {"opsd": parse_opsd, "sft": parse_sft}
+
+
+def _draws(config: TrainConfig) -> bool:
+    if isinstance(config, OpsdConfig):
+        return config.visual_thoughts.vt_source == "generated"
+    return config.tuning.visual_gen
 
 
 def main() -> None:
@@ -29,7 +38,12 @@ def main() -> None:
         find_resumable(config)
         base_weights(config)
         mixture = open_mixture(config)
-        open_processor(config, mixture)
+        processor = open_processor(config, mixture)
+        if _draws(config):
+            path = config.model.model_path
+            require_drawing(path, config.model.weights)
+            shapes = BagelConfig.from_pretrained(path), VAEConfig.from_pretrained(path)
+            check_drawing_limits(processor.vae_transform, *shapes, path)
         if isinstance(config, SftConfig):
             check_contexts(config, mixture)
         if isinstance(config, OpsdConfig):

@@ -217,7 +217,7 @@ class TuningArguments:
     text_cond_dropout_prob: float = _help("share of rows without question", 0.1)
     vae_cond_dropout_prob: float = _help("share of pictures without latents", 0.3)
     vit_cond_dropout_prob: float = _help("share of pictures without patches", 0.3)
-    max_num_tokens: int = _help("of a forward, in whole rows; 0 = micro_batch alone decides", 0)
+    max_num_tokens: int = _help("rows share a forward up to this; 0 = micro_batch decides", 0)
 
     def __post_init__(self) -> None:
         if self.freeze_und and not self.visual_gen:
@@ -225,8 +225,10 @@ class TuningArguments:
         for name in ("ce_weight", "mse_weight", "max_num_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must be 0 or more, got {getattr(self, name)}")
-        if self.ce_weight + self.mse_weight == 0:
-            raise UsageError("--ce_weight 0 and --mse_weight 0 leave no loss")
+        if self.ce_weight + self.mse_weight * self.visual_gen == 0:
+            raise UsageError(
+                "--ce_weight 0 leaves no loss without --visual_gen True and an --mse_weight"
+            )
         if self.noisings < 1 or self.timestep_shift <= 0:
             raise UsageError(
                 f"--noisings {self.noisings} must be 1 or more and --timestep_shift "

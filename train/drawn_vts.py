@@ -10,13 +10,12 @@ import dataclasses
 from torch import nn
 
 from data.mixture import Drawn
-from data.processor import Processor
+from data.processor import Processor, check_drawing_limits
 from data.streams import stream_seed
 from inferencer import InterleaveInferencer, InterleaveParams
-from modeling.bagel import NoGenerationError
 from modeling.drawing import DrawingParams
 from modeling.flow import Guidance
-from modeling.pretrained import load_autoencoder, load_pretrained
+from modeling.pretrained import load_autoencoder, load_pretrained, require_drawing
 from train.config import OpsdConfig
 from train.parallel import RolloutCopy, World
 
@@ -35,14 +34,11 @@ class DrawingTeacher:
         model_args, vt = config.model, config.visual_thoughts
         dtype, device = world.compute_dtype, world.device
         path = model_args.model_path
+        require_drawing(path, model_args.weights)
         model = load_pretrained(path, model_args.weights, "all", dtype, device)
-        if not model.can_draw:
-            raise NoGenerationError(
-                f"--vt_source generated: {path} cannot draw, it has no latent heads. Start from a "
-                "checkpoint that has them, or use --vt_source dataset"
-            )
         self.copy = RolloutCopy(model.config, world, model)
         vae = load_autoencoder(path, dtype, device).requires_grad_(False)
+        check_drawing_limits(processor.vae_transform, model.config, vae.config, str(path))
         self.inferencer = InterleaveInferencer.of(model, processor, vae)
         self.seed = config.run.global_seed
         self.params = InterleaveParams(

@@ -246,9 +246,8 @@ class RolloutCopy:
     """
 
     def __init__(self, config: BagelConfig, world: World, model: Bagel | None = None) -> None:
-        """Args:
-        model: what takes the weights; by default a new one without generation expert. Weights
-            that only drawing uses stay as they are in it.
+        """A copy for `config`, or one that makes use of `model`, whose weights that only drawing
+        uses stay as they are.
         """
         if model is None:
             with torch.device(world.device):

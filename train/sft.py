@@ -19,8 +19,8 @@ from data.contexts import sft_sequence
 from data.mixture import INTERLEAVED, Drawn, Mixture
 from data.processor import Processor, check_drawing_limits
 from data.streams import stream_seed
-from modeling.bagel import Bagel, NoGenerationError
-from modeling.pretrained import is_generation_key, load_autoencoder
+from modeling.bagel import Bagel
+from modeling.pretrained import is_generation_key, load_autoencoder, require_drawing
 from modeling.sequence import PackedBatch, Segment, pack, segment_length
 from train.config import SftConfig, UsageError, parse_sft
 from train.interleaved import Interleaver
@@ -116,12 +116,8 @@ def open_trainee(config: SftConfig, world: World) -> Bagel:
     tuning = config.tuning
     if not tuning.visual_gen:
         return open_model(config, world)
+    require_drawing(config.model.model_path, config.model.weights)
     model = open_model(config, world, announce=False, experts="all")
-    if not model.can_draw:
-        raise NoGenerationError(
-            f"{config.model.model_path} has no latent heads (vae2llm, llm2vae, time_embedder), so "
-            "it cannot learn to draw: start from a checkpoint that has them, such as BAGEL-7B-MoT"
-        )
     model.set_always_draws(True)
     if tuning.freeze_und:
         for name, parameter in model.named_parameters():
@@ -178,15 +174,18 @@ def sequence(row: int, drawn: Drawn, processor: Processor, step: int, seed: int)
 def forwards(
     sequences: list[list[Segment]], micro_batch: int, max_num_tokens: int = 0
 ) -> list[list[list[Segment]]]:
-    """Consecutive rows that share a forward: at most `micro_batch`, of at most `max_num_tokens`
-    together (0: any number). A row that is longer than that goes alone.
+    """Consecutive rows that share a forward: at most `micro_batch`, or, where it is given, as many
+    as have `max_num_tokens` together. A row that is longer than that goes alone.
     """
     parts: list[list[list[Segment]]] = []
     length = 0
     for row in sequences:
         tokens = sum(map(segment_length, row))
-        full = max_num_tokens and length + tokens > max_num_tokens
-        if not parts or full or len(parts[-1]) == micro_batch:
+        if max_num_tokens:
+            full = length + tokens > max_num_tokens
+        else:
+            full = parts and len(parts[-1]) == micro_batch
+        if not parts or full:
             parts.append([])
             length = 0
         parts[-1].append(row)
