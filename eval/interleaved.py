@@ -194,7 +194,7 @@ def markdown(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> str
         f"{args.latency_samples} items per task, single samples, {args.repeats} paired runs.",
         "",
         f"Command: `{info['command']}`, seed {args.seed}, commit {info['commit']}, "
-        f"{info['hardware']}.",
+        f"{info['hardware']['cpus']} CPU cores, GPUs: {len(info['hardware']['gpus'])}.",
     ]
     return "\n".join(lines) + "\n"
 
