@@ -25,10 +25,10 @@ from eval.session import (
     open_sources,
     parser_of,
     pick_device,
+    pick_dtype,
     positive,
 )
 from inferencer import Interleaved, InterleaveInferencer, InterleaveParams
-from train.config import DTYPES
 from train.session import exit_on_user_error
 
 FIELDS = Fields(thoughts=False, full_text_only_thought=False)
@@ -95,7 +95,7 @@ def draw_page(args: argparse.Namespace) -> Path:
     positive(per_task=args.per_task, max_new_tokens=args.max_new_tokens)
     sources = open_sources(args.dataset_config_file)
     device = pick_device(args.device)
-    dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"]
+    dtype = pick_dtype("auto", device)
     inferencer = InterleaveInferencer.from_pretrained(
         args.model_path, device, dtype, args.weights, draws=True
     )

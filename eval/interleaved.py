@@ -34,6 +34,7 @@ from eval.session import (
     origin,
     parser_of,
     pick_device,
+    pick_dtype,
     positive,
 )
 from eval.statistics import OVERALL
@@ -64,14 +65,10 @@ class Timing:
 
 def open_systems(args: argparse.Namespace, device: torch.device) -> dict[str, System]:
     """Name -> what answers a batch, the slowest first."""
-    name = args.compute_dtype
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = pick_dtype(args.compute_dtype, device)
 
     def opened(path: str, weights: str, draws: bool = False) -> InterleaveInferencer:
-        inferencer = InterleaveInferencer.from_pretrained(
-            path, device, DTYPES[name], weights, draws
-        )
+        inferencer = InterleaveInferencer.from_pretrained(path, device, dtype, weights, draws)
         announce(path, weights, inferencer.model)
         return inferencer
 

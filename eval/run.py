@@ -34,6 +34,7 @@ from eval.session import (
     origin,
     parser_of,
     pick_device,
+    pick_dtype,
     positive,
     table,
     unusable_rows,
@@ -245,12 +246,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, float | int]]:
         raise UsageError("--temperature and --eval_image_skips must not be negative")
     evaluation = Evaluation(args, open_sources(args.dataset_config_file))
     device = pick_device(args.device)
-    name = args.compute_dtype
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = pick_dtype(args.compute_dtype, device)
     total = len(evaluation)  # asks for the data before the model is loaded
     inferencer = InterleaveInferencer.from_pretrained(
-        args.model_path, device, DTYPES[name], args.weights, draws=args.context in INTERLEAVED
+        args.model_path, device, dtype, args.weights, draws=args.context in INTERLEAVED
     )
     announce(args.model_path, args.weights, inferencer.model)
     params = SamplingParams(args.max_new_tokens, args.temperature, args.eval_image_skips)

@@ -15,7 +15,7 @@ from modeling.bagel import Bagel
 from modeling.drawing import DrawingParams
 from modeling.flow import Guidance, Renorm
 from modeling.pretrained import Weights, find_weights
-from train.config import UsageError
+from train.config import DTYPES, UsageError
 from train.records import checkpoint_name, config_hash, run_info
 
 DEFAULT_SOURCES = "data/configs/visual_opsd.yaml"
@@ -93,6 +93,13 @@ def pick_device(name: str) -> torch.device:
             "use --device cpu or auto"
         )
     return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on cuda, float32 on cpu."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[name]
 
 
 def positive(**flags: int | None) -> None:

@@ -25,7 +25,7 @@ from train.folders import BEST, NUMBERED, Start, find_resumable, fsync, point
 from train.metrics import MetricLogger
 from train.parallel import World, full_state
 from train.records import config_hash, run_info, write_atomic
-from train.state import STATE, Progress, load_state, save_state
+from train.state import AUTOENCODER, STATE, Progress, load_state, save_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ class CheckpointWriter:
 
 def copy_autoencoder(source: str | Path, folder: Path) -> None:
     """The VAE of a checkpoint folder, if it has one: pictures are drawn with it."""
-    for name in ("vae_config.json", "ae.safetensors"):
+    for name in AUTOENCODER:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)
 

@@ -73,7 +73,9 @@ def train(seed: int, steps: int = STEPS, progress: bool = True) -> AutoEncoder:
         [WARMUP],
     )
     bar = tqdm(range(steps), disable=not progress, dynamic_ncols=True)
-    for _, batch in zip(bar, pictures(seed, BATCH), strict=False):
+    batches = pictures(seed, BATCH)
+    for _ in bar:
+        batch = next(batches)
         mean, log_variance = model.encoder(batch).chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=generator)
         decoded = model.decoder(mean + torch.exp(0.5 * log_variance) * noise)

@@ -184,7 +184,7 @@ def write_undrawn(base: str | Path, path: str | Path, seed: int) -> None:
     channels = autoencoder.CONFIG.z_channels
     config = dataclasses.replace(trained.config, latent_channels=channels)
     model = Bagel(config, visual_gen=True)
-    model.load_state_dict(trained.state_dict(), strict=False)
+    model.load_state_dict(model.state_dict() | trained.state_dict())
     initialise_latents(model, seed)
     initialise_generation_expert(model, seed)
     save_pretrained(dict(model.named_parameters()), model.config, path)  # no tables
