@@ -11,20 +11,22 @@ Legend: T packed tokens, B samples (cache rows), L padded length, S key slots, H
 E head_dim.
 """
 
+import functools
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from modeling.sequence import Split
 
-Backend = Literal["sdpa", "flex", "flash"]
+Backend = Literal["auto", "sdpa", "flex", "flash"]
 Samples = Sequence[Sequence[Split]]
+BLOCK = 128  # tokens of a FlexAttention block: what it skips, it skips by blocks
 
 
 class Plan(ABC):
@@ -51,15 +53,31 @@ class Plan(ABC):
         return self._elsewhere[device]
 
 
-def packed_plan(samples: Samples, device: torch.device | str, backend: Backend = "sdpa") -> Plan:
+def packed_plan(samples: Samples, device: torch.device | str, backend: Backend = "auto") -> Plan:
     """Attention among the tokens of a packed sequence: q (T, H, E), k and v (T, K, E)."""
+    backend = chosen_backend(samples, device, backend)
     if backend == "sdpa":
         return SDPAPlan(samples, device)
     if backend == "flex":
         return FlexPlan(samples, device)
     if backend == "flash":
         return FlashPlan(samples)
-    raise ValueError(f"attention backend {backend!r} is unknown: choose sdpa, flex or flash")
+    raise ValueError(f"attention backend {backend!r} is unknown: choose auto, sdpa, flex or flash")
+
+
+def chosen_backend(samples: Samples, device: torch.device | str, backend: Backend) -> Backend:
+    """What "auto" stands for: FlexAttention on CUDA, SDPA elsewhere and for pictures alone, which
+    need no mask.
+    """
+    if backend != "auto":
+        return backend
+    on_cuda = torch.device(device).type == "cuda"
+    return "flex" if on_cuda and not _all_full(samples) else "sdpa"
+
+
+def _all_full(samples: Samples) -> bool:
+    """Whether every token sees all of its sample."""
+    return all(len(splits) == 1 and splits[0].mode != "causal" for splits in samples)
 
 
 def split_mask(splits: Sequence[Split]) -> Tensor:
@@ -114,26 +132,54 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class SDPAPlan(Plan):
-    """Pads samples to one length and masks; exact for every mix of splits."""
+    """Exact for every mix of splits. Samples in which all see all (pictures) are taken together by
+    their length, without mask or padding; others are padded to one length and masked.
+    """
 
     def __init__(self, samples: Samples, device: torch.device | str) -> None:
         super().__init__(device)
         self.samples = samples
         lengths = [sum(split.length for split in splits) for splits in samples]
-        self.padding = _Padding(lengths, device)
-        all_full = all(len(splits) == 1 and splits[0].mode != "causal" for splits in samples)
-        if all_full and self.padding.uniform:
-            self.mask = None
-        else:
-            self.mask = _padded_mask(samples, self.padding.longest, device)
+        all_full = _all_full(samples)
+        self.groups = None if len(set(lengths)) == 1 or not all_full else _Groups(lengths, device)
+        if self.groups is None:
+            self.padding = _Padding(lengths, device)
+            mask = not all_full
+            self.mask = _padded_mask(samples, max(lengths), device) if mask else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.groups is not None:
+            return self.groups.attend(q, k, v)
         q, k, v = (self.padding.pad(x).transpose(1, 2) for x in (q, k, v))
         out = _sdpa(q, k, v, self.mask).transpose(1, 2)  # (B, L, H, E)
         return self.padding.unpad(out)
 
     def _rebuilt(self, device: torch.device) -> "SDPAPlan":
         return SDPAPlan(self.samples, device)
+
+
+class _Groups:
+    """Packed samples by their length, each of which is seen by all of its own tokens."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str) -> None:
+        starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+        self.tokens: list[Tensor] = []  # per group (samples, length)
+        for length in sorted(set(lengths) - {0}):
+            first = starts[torch.tensor(lengths) == length]
+            self.tokens.append(first[:, None] + torch.arange(length))
+        order = torch.cat([tokens.flatten() for tokens in self.tokens])
+        self.places = torch.empty_like(order)
+        self.places[order] = torch.arange(len(order))
+        self.tokens = [tokens.to(device) for tokens in self.tokens]
+        self.places = self.places.to(device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for tokens in self.tokens:
+            parts = (x.index_select(0, tokens.flatten()) for x in (q, k, v))
+            rows = (x.view(*tokens.shape, *x.shape[1:]).transpose(1, 2) for x in parts)
+            outs.append(_sdpa(*rows, None).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).index_select(0, self.places)
 
 
 def _padded_mask(samples: Samples, longest: int, device: torch.device | str) -> Tensor:
@@ -156,30 +202,17 @@ def _padded_mask(samples: Samples, longest: int, device: torch.device | str) -> 
 
 
 class FlexPlan(Plan):
-    """FlexAttention over the packed sequence: no padding, mask blocks built from the splits."""
+    """FlexAttention over the packed sequence: no padding, and of the (T, T) mask only the blocks in
+    which something is seen. They follow from the splits by arithmetic on the device; no table of
+    pairs of tokens is made.
+    """
 
     def __init__(self, samples: Samples, device: torch.device | str) -> None:
         super().__init__(device)
         self.samples = samples
-        limits, blocks, noises, owners, start = [], [], [], [], 0
-        for row, splits in enumerate(samples):
-            limit, block, noise = _token_rules(splits)
-            limits.append(limit + start)
-            blocks.append(block)
-            noises.append(noise)
-            owners.append(torch.full_like(limit, row))
-            start += len(limit)
-        limit, block = torch.cat(limits).to(device), torch.cat(blocks).to(device)
-        noise, owner = torch.cat(noises).to(device), torch.cat(owners).to(device)
-
-        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            same_sample = owner[query] == owner[key]
-            own_split = block[query] == block[key]
-            return same_sample & (key <= limit[query]) & (~noise[key] | own_split)
-
-        self.block_mask = create_block_mask(visible, None, None, start, start, device=str(device))
-        # compiled on CUDA only: the eager kernel is the reference, and all that CPU tests need
-        self.kernel = torch.compile(flex_attention) if "cuda" in str(device) else flex_attention
+        rules = _PackedRules(samples, self.device)
+        self.block_mask = rules.block_mask()
+        self.kernel = _flex_kernel(self.device.type)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, T, E)
@@ -189,6 +222,104 @@ class FlexPlan(Plan):
 
     def _rebuilt(self, device: torch.device) -> "FlexPlan":
         return FlexPlan(self.samples, device)
+
+
+@functools.cache
+def _flex_kernel(device_type: str) -> Callable[..., Tensor]:
+    # compiled on CUDA only: the eager kernel is the reference, and all that CPU tests need
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _mask_rule(first: Tensor, last: Tensor, own: Tensor | None) -> MaskRule:
+    """FlexAttention's rule for a pair of tokens; see `_PackedRules`."""
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (first[query] <= key) & (key <= last[query])
+
+    def visible_without_noise(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(b, h, query, key) & ((own[key] < 0) | (own[key] == own[query]))
+
+    return visible if own is None else visible_without_noise
+
+
+class _PackedRules:
+    """Who sees whom in a packed sequence: a query sees the keys from `first` to `last`, without
+    those of noise splits other than its own.
+    """
+
+    def __init__(self, samples: Samples, device: torch.device) -> None:
+        splits = [split for sample in samples for split in sample]
+        self.total = sum(split.length for split in splits)
+        columns, start = [], 0
+        for sample in samples:
+            first = start
+            for split in sample:
+                start += split.length
+                causal, noise = split.mode == "causal", split.mode == "noise"
+                columns.append((split.length, first, start - 1, causal, noise))
+        lengths, firsts, lasts, causal, noise = torch.tensor(columns).to(device).unbind(1)
+
+        def per_token(values: Tensor) -> Tensor:
+            return torch.repeat_interleave(values, lengths, output_size=self.total)
+
+        tokens = torch.arange(self.total, device=device, dtype=torch.int32)
+        self.first = per_token(firsts.int())
+        self.last = torch.where(per_token(causal.bool()), tokens, per_token(lasts.int()))
+        self.own: Tensor | None = None  # the noise split of a token, -1 without
+        if any(split.mode == "noise" for split in splits):
+            numbers = torch.arange(len(splits), device=device, dtype=torch.int32)
+            self.own = per_token(torch.where(noise.bool(), numbers, -1))
+
+    def block_mask(self) -> BlockMask:
+        """Blocks where all is seen, and blocks where something is; others are not computed."""
+        some, every = self._blocks()
+        full, partial = some & every, some & ~every
+        return BlockMask.from_kv_blocks(
+            *_listed(partial),
+            *_listed(full),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=_mask_rule(self.first, self.last, self.own),
+            seq_lengths=(self.total, self.total),
+        )
+
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """(blocks, blocks) bool of queries and keys: something is seen, all is seen.
+
+        Queries and what they see are in the order of the sequence, so that the smallest and the
+        largest of a block tell what it sees.
+        """
+        count = -(-self.total // BLOCK)
+        begin = torch.arange(count, device=self.first.device) * BLOCK
+        end = (begin + BLOCK).clamp(max=self.total) - 1
+        first, last = (self._by_block(x, count) for x in (self.first, self.last))
+        some = (first.amin(1)[:, None] <= end) & (begin <= last.amax(1)[:, None])
+        every = (first.amax(1)[:, None] <= begin) & (end <= last.amin(1)[:, None])
+        # the last block is shorter than its kernel's: keys beyond the end are for the mask to hide
+        every &= (begin + BLOCK <= self.total) & (begin + BLOCK <= self.total)[:, None]
+        if self.own is not None:
+            low, high = self._by_block(self.own, count).aminmax(dim=1)
+            within_one = (low == high) & (low >= 0)  # keys of one noise split alone
+            met = (low[:, None] <= high) & (low <= high[:, None])
+            some &= ~within_one | met
+            same = (low[:, None] == low) & (high[:, None] == low)
+            every &= (high < 0) | (within_one & same)
+        return some, every
+
+    def _by_block(self, values: Tensor, count: int) -> Tensor:
+        """(T,) -> (blocks, BLOCK), the last one filled with its last value."""
+        missing = count * BLOCK - self.total
+        return torch.cat([values, values[-1:].expand(missing)]).view(count, BLOCK)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, K) bool -> how many key blocks each query block has, (1, 1, Q) int32, and which, these
+    first: (1, 1, Q, K) int32.
+    """
+    order = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 class FlashPlan(Plan):
@@ -228,6 +359,33 @@ class FlashPlan(Plan):
         return self  # it holds no tensors
 
 
+class FreshPlan(Plan):
+    """Attention among the first tokens of a cache, which see nothing but each other: that of the
+    packed sequence. Knows where their keys are to be stored.
+    """
+
+    def __init__(self, samples: Samples, device: torch.device | str, backend: Backend) -> None:
+        super().__init__(device)
+        _refuse_noise(samples)
+        self.samples, self.backend = samples, backend
+        self.packed = packed_plan(samples, device, backend)
+        lengths = torch.tensor([sum(split.length for split in splits) for splits in samples])
+        slots = torch.cat([torch.arange(n) for n in lengths.tolist()])
+        self.rows = torch.repeat_interleave(torch.arange(len(samples)), lengths).to(device)
+        self.slots = slots.to(device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.packed(q, k, v)
+
+    def _rebuilt(self, device: torch.device) -> "FreshPlan":
+        return FreshPlan(self.samples, device, self.backend)
+
+
+def _refuse_noise(samples: Samples) -> None:
+    if any(split.mode == "noise" for splits in samples for split in splits):
+        raise ValueError("noise splits cannot be cached")
+
+
 class CachedPlan(Plan):
     """Attention of new tokens over cached plus new keys; knows where new keys are to be stored.
 
@@ -250,9 +408,8 @@ class CachedPlan(Plan):
             self.slots = lengths
             limit = lengths[:, None]
         else:
+            _refuse_noise(samples)
             rules = [_token_rules(splits) for splits in samples]
-            if any(bool(noise.any()) for _, _, noise in rules):
-                raise ValueError("noise splits cannot be cached")
             rows = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new))
             offset = torch.cat([torch.arange(n) for n in new])
             self.rows = rows.to(device)

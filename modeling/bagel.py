@@ -43,7 +43,7 @@ class Bagel(nn.Module):
             raise ValueError("visual_gen needs the generation expert")
         D = config.llm.hidden_size
         self.config = config
-        self.attention_backend: Backend = "sdpa"
+        self.attention_backend: Backend = "auto"
         self.always_draws = False
         self.language_model = Qwen2ForCausalLM(config.llm, generation_expert)
         self.vit_model = SiglipNaViT(config)
@@ -148,8 +148,12 @@ class Bagel(nn.Module):
             head: called as head(hidden_rows, lm_head) inside this forward, where a sharding
                 wrapper has the head's weight gathered.
         """
-        hidden = self.hidden_states(self.embed(batch), batch, kv_cache)
-        rows = hidden[batch.loss_rows]
+        embeddings, draws = self.embed(batch), batch.latent_grids or self.always_draws
+        if draws:
+            hidden = self.hidden_states(embeddings, batch, kv_cache)
+            rows = hidden[batch.loss_rows]
+        else:
+            rows = self.hidden_states(embeddings, batch, kv_cache, batch.loss_rows)
         out = rows if head is None else head(rows, self.language_model.lm_head)
         if not len(batch.targets) and not self.always_draws:
             return out
@@ -162,18 +166,25 @@ class Bagel(nn.Module):
         return self.llm2vae(hidden[batch.latent_index])
 
     def hidden_states(
-        self, embeddings: Tensor, batch: PackedBatch, kv_cache: KVCache | None = None
+        self,
+        embeddings: Tensor,
+        batch: PackedBatch,
+        kv_cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """(T, D) embeddings -> (T, D) after the final norm."""
+        """(T, D) embeddings -> (T, D) after the final norm; of a batch without latents, `rows`
+        alone where these are given.
+        """
         if kv_cache is None:
             plan = packed_plan(batch.samples, embeddings.device, self.attention_backend)
         else:
-            plan = kv_cache.plan(batch.samples)
+            plan = kv_cache.plan(batch.samples, self.attention_backend)
         route = None
         if batch.latent_grids or self.always_draws:
             und_index = torch.cat([batch.token_index, batch.patch_index])
             route = Route(und_index, batch.latent_index)
-        return self.language_model.model(embeddings, batch.position_ids, plan, route, kv_cache)
+        decoder = self.language_model.model
+        return decoder(embeddings, batch.position_ids, plan, route, kv_cache, rows)
 
 
 def latent_position_ids(height: int, width: int, side: int) -> Tensor:

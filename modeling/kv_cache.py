@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling.attention import CachedPlan, Samples
+from modeling.attention import Backend, CachedPlan, FreshPlan, Samples, chosen_backend
 from modeling.config import LLMConfig
 
 
@@ -20,6 +20,10 @@ class Store:
 
     keys: Tensor  # (layers, B, K, capacity, E), after norm and rotation
     values: Tensor  # (layers, B, K, capacity, E)
+
+    def fits(self, rows: int, capacity: int) -> bool:
+        """Whether so many rows of so many slots have room here."""
+        return self.keys.shape[1] >= rows and self.keys.shape[3] >= capacity
 
 
 class KVCache:
@@ -34,6 +38,7 @@ class KVCache:
 
     Args:
         device: of all layers, or one for each.
+        store: memory to use, on one device; its first rows are the cache's.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | Sequence[torch.device | str] = "cpu",
+        store: Store | None = None,
     ) -> None:
         layers = config.num_hidden_layers
         if isinstance(device, (torch.device, str)):
@@ -53,9 +59,14 @@ class KVCache:
         shape = batch, config.num_key_value_heads, capacity, config.head_dim
         # per layer: its device, and its place among the layers there
         self.places = tuple((home, devices[:i].count(home)) for i, home in enumerate(devices))
-        stores = {
-            home: _zeros(devices.count(home), shape, dtype, home) for home in dict.fromkeys(devices)
-        }
+        if store is None:
+            stores = {
+                home: _zeros(devices.count(home), shape, dtype, home)
+                for home in dict.fromkeys(devices)
+            }
+        else:
+            stores = {devices[0]: Store(store.keys[:, :batch], store.values[:, :batch])}
+            capacity = store.keys.shape[3]
         first = stores.pop(devices[0])
         self.keys, self.values = first.keys, first.values  # of the layers on the first device
         self.others = stores  # of layers on other devices
@@ -72,17 +83,22 @@ class KVCache:
         """Where lengths and positions are: the device of the first layer."""
         return self.lengths.device
 
-    def plan(self, samples: Samples) -> CachedPlan:
-        """Plan for appending `samples` (one entry per row)."""
+    def plan(self, samples: Samples, backend: Backend = "auto") -> CachedPlan | FreshPlan:
+        """Plan for appending `samples` (one entry per row); `backend` counts for an empty cache."""
         if len(samples) != len(self):
             raise ValueError(f"{len(samples)} samples for a cache of {len(self)} rows")
         extent = self.extent + max(sum(split.length for split in splits) for splits in samples)
         if extent > self.capacity:
             raise ValueError(f"cache of {self.capacity} slots per row cannot hold {extent}")
+        if not self.extent and chosen_backend(samples, self.device, backend) != "sdpa":
+            return FreshPlan(samples, self.device, backend)
         return CachedPlan(samples, self.lengths, extent)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, plan: CachedPlan) -> tuple[Tensor, Tensor]:
-        """Store (T, K, E) keys and values; return views (B, K, S, E) of all that may be seen.
+    def append(
+        self, layer: int, k: Tensor, v: Tensor, plan: CachedPlan | FreshPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Store (T, K, E) keys and values; return what the plan takes: views (B, K, S, E) of all
+        that may be seen, or in an empty cache the new ones themselves.
 
         Args:
             plan: that of this forward, on the device of the layer.
@@ -92,6 +108,8 @@ class KVCache:
         keys, values = store.keys[place], store.values[place]
         keys[plan.rows, :, plan.slots] = k.to(keys.dtype)
         values[plan.rows, :, plan.slots] = v.to(values.dtype)
+        if isinstance(plan, FreshPlan):
+            return k, v
         return keys[:, :, : plan.extent], values[:, :, : plan.extent]
 
     def advance(self, new_tokens: Tensor, next_positions: Tensor, longest: int) -> None:
@@ -106,6 +124,14 @@ class KVCache:
         self.lengths = self.lengths + new_tokens
         self.positions = next_positions.clone()
         self.extent += longest
+
+    def move(self, sources: Tensor, targets: Tensor, extent: int) -> None:
+        """Copy rows over others, in place: the first `extent` slots of their keys and values.
+
+        Only for layers on one device; lengths and positions stay as they are.
+        """
+        for tensor in (self.keys, self.values):
+            tensor[:, targets, :, :extent] = tensor[:, sources, :, :extent]
 
     def branch(self, rows: int | None = None) -> "KVCache":
         """A view of the first rows (default: all) that goes on by itself: what it appends lies

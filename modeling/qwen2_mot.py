@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import CachedPlan, Plan
+from modeling.attention import CachedPlan, FreshPlan, Plan
 from modeling.config import LLMConfig
 from modeling.kv_cache import KVCache
 from modeling.layers import RMSNorm, SwiGLU, apply_rope, rope_cos_sin
@@ -92,15 +92,21 @@ class Attention(nn.Module):
         route: Route | None = None,
         layer: int = 0,
         kv_cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
+        """(T, D) -> (T, D), or only its `rows`, (R, D); keys and values are those of all tokens."""
         q, k, v = self.routed_qkv(x, route)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if kv_cache is not None:
-            assert isinstance(plan, CachedPlan)
+            assert isinstance(plan, (CachedPlan, FreshPlan))
             k, v = kv_cache.append(layer, k, v, plan)
+            if rows is not None and not len(rows):
+                return x[:0]
         # autocast leaves norm and rotation in float32; attention kernels want one dtype
         q, k = q.to(v.dtype), k.to(v.dtype)
         out = plan(q, k, v).flatten(1)  # (T, H*E)
+        if rows is not None:
+            out = out[rows]
         gen = None if route is None else self.o_proj_moe_gen
         return routed(route, self.o_proj, gen, out)
 
@@ -128,9 +134,11 @@ class MoTDecoderLayer(nn.Module):
         route: Route | None = None,
         layer: int = 0,
         kv_cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         normed = self._expert("input_layernorm", route, x)
-        x = x + self.self_attn(normed, rope, plan, route, layer, kv_cache)
+        attended = self.self_attn(normed, rope, plan, route, layer, kv_cache, rows)
+        x = (x if rows is None else x[rows]) + attended
         return x + self._expert("mlp", route, self._expert("post_attention_layernorm", route, x))
 
 
@@ -175,10 +183,13 @@ class Qwen2MoT(nn.Module):
         plan: Plan,
         route: Route | None = None,
         kv_cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """(T, D) embeddings -> (T, D) hidden states after the final norm.
+        """(T, D) embeddings -> (T, D) hidden states after the final norm, or `rows` of them.
 
         With `kv_cache` the tokens continue its rows and `plan` must come from `kv_cache.plan`.
+        `rows`, (R,), is for tokens that all take the understanding expert: the last layer then
+        computes these alone, besides the keys and values that they see.
         """
         if route is not None and not hasattr(self, "norm_moe_gen"):
             raise ValueError("latent tokens need the generation expert: load with experts='all'")
@@ -189,10 +200,14 @@ class Qwen2MoT(nn.Module):
             if self.layer_devices:
                 x = x.to(self.layer_devices[index])
                 rope, plan, route = shared.on(x.device)
+            wanted = None
+            if rows is not None and index == len(self.layers) - 1:
+                wanted = rows.to(x.device)
+            arguments = x, rope, plan, route, index, kv_cache, wanted
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, plan, route, use_reentrant=False)
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, rope, plan, route, index, kv_cache)
+                x = layer(*arguments)
         if self.layer_devices:
             x, (_, _, route) = x.to(home), shared.on(home)
         return routed(route, self.norm, None if route is None else self.norm_moe_gen, x)

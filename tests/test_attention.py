@@ -7,10 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling.attention import CachedPlan, FlashPlan, FlexPlan, SDPAPlan, packed_plan, split_mask
+from modeling.attention import (
+    BLOCK,
+    CachedPlan,
+    FlashPlan,
+    FlexPlan,
+    FreshPlan,
+    SDPAPlan,
+    chosen_backend,
+    packed_plan,
+    split_mask,
+)
 from modeling.bagel import text_logits
 from modeling.config import LLMConfig
-from modeling.kv_cache import KVCache
+from modeling.kv_cache import KVCache, Store
 from modeling.sequence import Split, Text, pack
 from tests.tiny_model import TOKENS, random_image, tiny_bagel
 
@@ -157,6 +167,118 @@ def test_cached_attention_is_bottom_right_aligned(seed):
             expected.append(dense(q[span], keys, values, rows[span]))
             start += length
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=0)
+
+
+def long_samples(seed, modes=("causal", "full", "noise")):
+    """Samples whose splits end anywhere, over several blocks."""
+    rng = random.Random(seed)
+    return [
+        tuple(Split(rng.choice((1, 60, 128, 300)), rng.choice(modes)) for _ in range(3))
+        for _ in range(rng.randint(1, 4))
+    ]
+
+
+def blocks_of(samples):
+    """(blocks, blocks) bool twice, from the dense mask: something is seen, all is seen."""
+    mask = torch.block_diag(*(split_mask(splits) for splits in samples)).bool()
+    count = -(-len(mask) // BLOCK)
+    padded = torch.zeros(count * BLOCK, count * BLOCK, dtype=torch.bool)
+    padded[: len(mask), : len(mask)] = mask
+    tiles = padded.view(count, BLOCK, count, BLOCK).transpose(1, 2).flatten(2)
+    return tiles.any(-1), tiles.all(-1)
+
+
+def listed(numbers, indices):
+    """The block table that a FlexAttention list stands for."""
+    table = torch.zeros_like(indices[0, 0], dtype=torch.bool)
+    for row, (number, columns) in enumerate(zip(numbers[0, 0], indices[0, 0], strict=True)):
+        table[row, columns[:number].long()] = True
+    return table
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("modes", [("causal", "full"), ("causal", "full", "noise")])
+def test_flex_computes_the_blocks_in_which_something_is_seen(seed, modes):
+    """And no others; a block that touches several noise splits may be looked at for nothing."""
+    samples = long_samples(seed, modes)
+    some, every = blocks_of(samples)
+    mask = FlexPlan(samples, "cpu").block_mask
+    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    partial = listed(mask.kv_num_blocks, mask.kv_indices)
+    assert not (some & ~(full | partial)).any()
+    assert not (full & partial).any() and not (full & ~every).any()
+    if "noise" not in modes:
+        assert torch.equal(full, every) and torch.equal(full | partial, some)
+    assert mask.seq_lengths == (sum(s.length for splits in samples for s in splits),) * 2
+    # what the backward pass reads: the same blocks, by keys
+    assert torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), full.T)
+    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), partial.T)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_flex_over_several_blocks(seed):
+    samples = long_samples(seed)
+    q, k, v = (x.detach() for x in heads(samples, 2, 1))
+    expected = SDPAPlan(samples, "cpu")(q, k, v)
+    torch.testing.assert_close(FlexPlan(samples, "cpu")(q, k, v), expected, atol=2e-6, rtol=0)
+
+
+def test_pictures_of_several_sizes_take_no_mask():
+    samples = [
+        (Split(n, mode),) for n, mode in ((3, "full"), (5, "noise"), (3, "full"), (0, "full"))
+    ]
+    plan = SDPAPlan(samples, "cpu")
+    assert [tuple(tokens.shape) for tokens in plan.groups.tokens] == [(2, 3), (1, 5)]
+    q, k, v = heads(samples, 4, 2)
+    out = plan(q, k, v)
+    torch.testing.assert_close(out.double(), oracle(q, k, v, samples), atol=2e-6, rtol=0)
+    gradients = torch.autograd.grad((out * torch.arange(E)).sum(), (q, k, v))
+    wanted = (oracle(q, k, v, samples) * torch.arange(E)).sum()
+    for ours, theirs in zip(gradients, torch.autograd.grad(wanted, (q, k, v)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_automatic_backend():
+    text, picture = [(Split(3, "causal"),)], [(Split(3, "full"),), (Split(4, "full"),)]
+    assert chosen_backend(text, "cpu", "auto") == chosen_backend(picture, "cuda", "auto") == "sdpa"
+    assert chosen_backend(text, "cuda:1", "auto") == "flex"
+    assert chosen_backend(text, "cpu", "flash") == "flash"
+
+
+def test_first_tokens_of_a_cache_see_each_other_only():
+    """With FlexAttention a prefill goes by blocks as well, and leaves the same behind."""
+    samples = [(Split(3, "causal"), Split(2, "full")), (), (Split(4, "causal"),)]
+    outs, caches = [], []
+    for backend in ("sdpa", "flex"):
+        cache = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 1), 3, 8)
+        cache.keys.fill_(99), cache.values.fill_(99)  # what an earlier call left
+        plan = cache.plan(samples, backend)
+        assert isinstance(plan, FreshPlan) == (backend == "flex")
+        q, k, v = (x.detach() for x in heads(samples, 2, 1))
+        outs.append(plan(q, *cache.append(0, k, v, plan)))
+        cache.advance(torch.tensor([5, 0, 4]), cache.positions, 5)
+        assert isinstance(cache.plan([(Split(1, "causal"),)] * 3, backend), CachedPlan)
+        caches.append(cache)
+    torch.testing.assert_close(*outs, atol=2e-6, rtol=0)
+    assert torch.equal(caches[0].keys, caches[1].keys)
+    assert torch.equal(caches[0].values, caches[1].values)
+    with pytest.raises(ValueError, match="noise splits cannot be cached"):
+        KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 1), 1, 8).plan([(Split(2, "noise"),)], "flex")
+
+
+def test_a_cache_over_given_memory():
+    large = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 1), 4, 8)
+    store = Store(large.keys, large.values)
+    assert store.fits(4, 8) and not store.fits(5, 8) and not store.fits(4, 9)
+    cache = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 1), 2, 5, store=store)
+    assert len(cache) == 2 and cache.capacity == 8
+    cache.append(
+        0, torch.ones(2, 1, E), torch.ones(2, 1, E), cache.plan([(Split(1, "causal"),)] * 2)
+    )
+    assert large.keys[0, :, 0, 0, 0].tolist() == [1, 1, 0, 0]
+    large.keys[0, 1] = 5
+    large.move(torch.tensor([1]), torch.tensor([3]), 2)
+    assert large.keys[0, 3, 0, :, 0].tolist() == [5, 5] + [0] * 6
 
 
 def test_last_query_of_a_causal_chunk_sees_every_key():
@@ -311,7 +433,7 @@ def test_cache_refuses(samples, message):
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="'math' is unknown: choose sdpa, flex or flash"):
+    with pytest.raises(ValueError, match="'math' is unknown: choose auto, sdpa, flex or flash"):
         packed_plan([(Split(1, "causal"),)], "cpu", "math")
 
 

@@ -107,7 +107,10 @@ def test_offloaded_weights_write_the_same(plain, dispatched):
             inferencer.answer_batch(items, 12, temperature, max_image_skips=1)
             for inferencer in (plain, dispatched)
         )
-        assert [answer.rollout for answer in answers] == [answer.rollout for answer in expected]
+        # the plain model decodes with fused weights, the other one cannot
+        for ours, reference in zip(answers, expected, strict=True):
+            assert ours.rollout.token_ids == reference.rollout.token_ids
+            assert ours.rollout.logprobs == pytest.approx(reference.rollout.logprobs, abs=1e-4)
         assert len({answer.rollout.logprobs for answer in expected}) == len(items)
 
 
@@ -207,7 +210,7 @@ def test_plans_and_tables_move_once_per_forward_and_device(halves, plans):
         layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     open_cache(halves, CONTEXTS, TOKENS, room=2)
     assert plans == [CPU, META]
-    for x, (cos, sin), plan, route, index, _ in seen:
+    for x, (cos, sin), plan, route, index, *_ in seen:
         device = [CPU, META, META, CPU][index]
         tensors = (x, cos, sin, plan.mask, plan.rows, plan.slots, route.und_index, route.gen_index)
         assert {tensor.device for tensor in tensors} == {device}

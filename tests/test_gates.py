@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data.contexts import completion
-from modeling import generation, qwen2_mot, sequence
+from modeling import decoding, qwen2_mot, sequence
 from modeling.pretrained import load_pretrained
 from modeling.sequence import Text
 from tests.training import (
@@ -105,8 +105,8 @@ def shorter_completion_of_the_teacher(monkeypatch):
 
 def random_forward(monkeypatch, where):
     def change(forward):
-        def dropped(layer, x, rope, plan, route=None, index=0, kv_cache=None):
-            x = forward(layer, x, rope, plan, route, index, kv_cache)
+        def dropped(layer, x, rope, plan, route=None, index=0, kv_cache=None, rows=None):
+            x = forward(layer, x, rope, plan, route, index, kv_cache, rows)
             return F.dropout(x, 0.1) if where(kv_cache) else x
 
         return dropped
@@ -123,21 +123,25 @@ def dropout_in_every_packed_forward(monkeypatch):
 
 
 def decoding_one_position_ahead(monkeypatch):
-    def change(decode_batch):
-        return lambda tokens, positions: decode_batch(tokens, positions + 1)
+    def change(step):
+        return lambda self, tokens, positions, *where: step(self, tokens, positions + 1, *where)
 
-    patched(monkeypatch, generation, "decode_batch", change)
+    patched(monkeypatch, decoding.DecodeStep, "__call__", change)
 
 
-def stale_rollout_copy(monkeypatch):
-    def change(refresh):
-        def stale(copy, student):
-            refresh(copy, student)
-            copy.model.language_model.model.norm.weight[::2] *= 1.1
+def other_weights_when_sampled(monkeypatch):
+    """What a rollout copy that was not refreshed would do; one process has no copy."""
+
+    def change(sample):
+        @torch.no_grad()
+        def stale(model, *rest):
+            model = copy.deepcopy(model)
+            model.language_model.model.norm.weight[::2] *= 1.1
+            return sample(model, *rest)
 
         return stale
 
-    patched(monkeypatch, parallel.RolloutCopy, "refresh", change)
+    patched(monkeypatch, opsd, "sample", change)
 
 
 def teacher_rows_off_by_one(monkeypatch):
@@ -162,7 +166,7 @@ FAULTS = {
     dropout_in_training: {REPLAY, GAP},
     dropout_in_every_packed_forward: {REPLAY, GAP},
     decoding_one_position_ahead: {REPLAY},
-    stale_rollout_copy: {REPLAY},
+    other_weights_when_sampled: {REPLAY},
     teacher_rows_off_by_one: {GAP},
 }
 

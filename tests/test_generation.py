@@ -220,9 +220,10 @@ def test_rollouts_do_not_depend_on_batch_mates(restless, temperature):
         assert alone.logprobs == pytest.approx(ours.logprobs, abs=TOLERANCE)
 
 
-def test_rare_host_looks_change_nothing(restless, rollouts, monkeypatch):
-    """On an accelerator the host looks at ended rows every few steps only."""
-    monkeypatch.setattr(generation, "_look_every", lambda model: 5)
+@pytest.mark.parametrize("habits", [generation.ACCELERATOR_HABITS, generation.Habits(5, 16, 2)])
+def test_what_an_accelerator_is_spared_changes_nothing(restless, rollouts, monkeypatch, habits):
+    """Rare looks at ended rows, attention over more slots than are filled, rows that wait."""
+    monkeypatch.setattr(generation, "_habits", lambda model: habits)
     params = SamplingParams(12, temperature=1.0, max_image_skips=2)
     again = generate(restless, MIXED, SkippingTokenizer(), params, SEEDS, BUDGETS)
     for ours, reference in zip(again, rollouts, strict=True):

@@ -1,0 +1,242 @@
+"""The fused decoding step against the model's own forward, and the memory it lives in."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling import generation
+from modeling.bagel import text_logits
+from modeling.decoding import DecodeStep, Graphs, can_fuse, fuse
+from modeling.generation import SamplingParams, Workspace, generate, open_cache
+from modeling.kv_cache import Store
+from modeling.sequence import Text, decode_batch
+from tests.tiny_model import TINY_CONFIG, TOKENS, FakeTokenizer, random_image, tiny_bagel
+
+CONTEXTS = [[Text((20, 21, 22))], [random_image(2, 3), Text((30,) * 9)], [Text(())]]
+TOKEN_IDS = torch.tensor([30, 40, 50])
+
+
+def states(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.06)])
+def test_equals_the_forward_of_the_model(dtype, tolerance):
+    """Also in the keys and values that it leaves behind. (Norms are in float32 in every dtype.)"""
+    model = tiny_bagel().to(dtype)
+    cache, other = (open_cache(model, CONTEXTS, TOKENS, room=3) for _ in range(2))
+    with torch.no_grad():
+        expected = model(decode_batch(TOKEN_IDS, cache.positions), cache, text_logits)
+    step = DecodeStep(model, Store(other.keys, other.values))
+    logits = step(TOKEN_IDS, other.positions, other.lengths, other.extent + 2)
+    assert logits.dtype == dtype and expected.abs().max() > 1
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(other.keys, cache.keys, atol=tolerance, rtol=0)
+    torch.testing.assert_close(other.values, cache.values, atol=tolerance, rtol=0)
+
+
+def test_fusing_moves_memory_and_nothing_else():
+    model = tiny_bagel()
+    before, names = states(model), [name for name, _ in model.named_parameters()]
+    objects = list(model.parameters())
+    weights = fuse(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(a is b for a, b in zip(objects, model.parameters(), strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    again = fuse(model)  # nothing to do
+    assert [w.qkv.data_ptr() for w in again] == [w.qkv.data_ptr() for w in weights]
+    attention = model.language_model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.k_proj.weight.fill_(3)
+        attention.v_proj.bias.fill_(4)
+    E, H, K = 16, TINY_CONFIG.llm.num_attention_heads, TINY_CONFIG.llm.num_key_value_heads
+    assert (weights[1].qkv[:, H * E : (H + K) * E] == 3).all() and (weights[1].qkv != 3).any()
+    assert (weights[1].qkv_bias[-K * E :] == 4).all() and (weights[1].qkv_bias != 4).any()
+
+
+def test_weights_that_were_moved_are_fused_again():
+    """`to` gives every parameter memory of its own."""
+    model = tiny_bagel()
+    fuse(model)
+    model.to(torch.float64).to(torch.float32)
+    cache = open_cache(model, CONTEXTS, TOKENS, room=3)
+    step = DecodeStep(model, Store(cache.keys, cache.values))
+    assert step.serves(model)
+    with torch.no_grad():
+        model.language_model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+        expected = model(decode_batch(TOKEN_IDS, cache.positions), cache, text_logits)
+    logits = step(TOKEN_IDS, cache.positions, cache.lengths, cache.extent + 1)
+    torch.testing.assert_close(logits, expected, atol=2e-6, rtol=0)
+    model.to(torch.float64).to(torch.float32)
+    assert not step.serves(model) and not step.serves(tiny_bagel())
+
+
+def test_updates_in_place_are_seen():
+    """A workspace is kept while the weights of its model change."""
+    params, seeds = SamplingParams(6, 1.0, max_image_skips=0), [1, 2, 3]
+    model, workspace, seen = tiny_bagel(), Workspace(), []
+    for _ in range(3):
+        kept = generate(model, CONTEXTS, FakeTokenizer(), params, seeds, workspace=workspace)
+        assert kept == generate(model, CONTEXTS, FakeTokenizer(), params, seeds)
+        seen.append(kept)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.05)
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_workspace_grows_and_is_used_again():
+    params, model, workspace = SamplingParams(4, 0.0), tiny_bagel(), Workspace()
+    addresses = []
+    for contexts in (CONTEXTS[:2], CONTEXTS[:1], CONTEXTS, CONTEXTS[1:]):
+        generate(model, contexts, FakeTokenizer(), params, workspace=workspace)
+        addresses.append((workspace.store.keys.data_ptr(), workspace.state.sampled.data_ptr()))
+    assert addresses[0] == addresses[1] != addresses[2] == addresses[3]
+    other = tiny_bagel(seed=1)
+    expected = generate(other, CONTEXTS, FakeTokenizer(), params)
+    assert generate(other, CONTEXTS, FakeTokenizer(), params, workspace=workspace) == expected
+    narrow = tiny_bagel().to(torch.bfloat16)
+    expected = generate(narrow, CONTEXTS, FakeTokenizer(), params)
+    assert generate(narrow, CONTEXTS, FakeTokenizer(), params, workspace=workspace) == expected
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def adapt(model):
+    """As an adapter would: another module in the place of a projection."""
+    old = model.language_model.model.layers[1].mlp.up_proj
+    new = Doubled(old.in_features, old.out_features, bias=False)
+    new.load_state_dict(old.state_dict())
+    model.language_model.model.layers[1].mlp.up_proj = new
+
+
+def watch(model):
+    layer = model.language_model.model.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+
+
+def patch(model):
+    mlp = model.language_model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: 1.5 * plain(x)
+
+
+@pytest.mark.parametrize("change", [adapt, watch, patch])
+def test_modules_that_are_not_as_expected_are_called(change):
+    model, tokenizer = tiny_bagel(), FakeTokenizer()
+    assert can_fuse(model)
+    params = SamplingParams(5, 0.0, max_image_skips=0)
+    plain = generate(model, CONTEXTS, tokenizer, params)
+    change(model)
+    assert not can_fuse(model)
+    changed = generate(model, CONTEXTS, tokenizer, params)
+    assert [r.logprobs for r in changed] != [r.logprobs for r in plain]
+    for row, rollout in enumerate(changed):  # each token is the likeliest after those before it
+        cache = open_cache(model, [CONTEXTS[row]], TOKENS, room=9)
+        for fed, token in zip((TOKENS.bos, *rollout.token_ids), rollout.token_ids, strict=False):
+            batch = decode_batch(torch.tensor([fed]), cache.positions)
+            with torch.no_grad():
+                assert model(batch, cache, text_logits).argmax() == token
+            cache.advance(torch.ones(1).long(), cache.positions + 1, 1)
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """Rows of every decoding step."""
+    seen, call = [], DecodeStep.__call__
+
+    def counted(self, tokens, *rest):
+        seen.append(len(tokens))
+        return call(self, tokens, *rest)
+
+    monkeypatch.setattr(DecodeStep, "__call__", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("habits", "expected"),
+    [
+        (generation.CPU_HABITS, [4, 4, 3, 3, 3, 1, 1, 1, 1]),
+        (generation.Habits(look_every=4, extent_step=8, width_step=2), [4] * 4 + [4] * 4 + [2] * 4),
+    ],
+)
+def test_rows_that_have_ended_leave_the_batch(widths, monkeypatch, habits, expected):
+    """Budgets of 5, 9, 2 and 5 tokens; what is written is what each row writes alone."""
+    monkeypatch.setattr(generation, "_habits", lambda model: habits)
+    model, params = tiny_bagel(), SamplingParams(9, 1.0, max_image_skips=0)
+    contexts, budgets, seeds = [*CONTEXTS, CONTEXTS[0]], [5, 9, 2, 5], [1, 2, 3, 4]
+    rollouts = generate(model, contexts, FakeTokenizer(), params, seeds, budgets)
+    assert [len(r.token_ids) for r in rollouts] == budgets  # none closed early
+    assert widths == expected
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = generate(model, contexts[one], FakeTokenizer(), params, seeds[one], budgets[one])[0]
+        assert alone.token_ids == rollouts[row].token_ids
+        assert alone.logprobs == pytest.approx(rollouts[row].logprobs, abs=1e-5)
+
+
+def test_a_callers_cache_stays_in_order():
+    """`decode` leaves all that was written in the rows where it belongs."""
+    model, params = tiny_bagel(), SamplingParams(9, 0.0, max_image_skips=0)
+    cache = open_cache(model, CONTEXTS, TOKENS, room=12)
+    rollouts = generation.decode(model, cache, FakeTokenizer(), params, budgets=[2, 9, 4])
+    for row, rollout in enumerate(rollouts):
+        # the last token was not fed; the opening one was
+        written = [*CONTEXTS[row], Text(rollout.token_ids[:-1])]
+        expected = open_cache(model, [written], TOKENS, 0)
+        n = int(expected.lengths[0]) - 1  # without the closing token
+        assert int(cache.lengths[row]) == n
+        assert int(cache.positions[row]) == int(expected.positions[0]) - 1
+        ours, theirs = cache.keys[:, row, :, :n], expected.keys[:, 0, :, :n]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: what it was recorded from is called when it is played."""
+
+    recording: list = []
+
+    def replay(self):
+        self.step()
+
+
+def test_graphs_are_recorded_at_the_second_step_of_a_key(monkeypatch):
+    """The first one runs as it stands, to be compiled; recording itself computes nothing."""
+    log, graphs = [], Graphs()
+
+    class Recording:
+        def __init__(self, graph, pool, capture_error_mode):
+            log.append(("record", pool))
+            self.graph = graph
+
+        def __enter__(self):
+            self.length = len(log)
+
+        def __exit__(self, *error):
+            taken = log[self.length :]
+            del log[self.length :]
+            self.graph.replay = lambda: log.extend(taken)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    for key in ("a", "a", "b", "a", "b"):
+        graphs.run(key, lambda key=key: log.append(key))
+    assert log == ["a", ("record", "pool"), "a", "b", "a", ("record", "pool"), "b"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_decoding_on_cuda_equals_the_cpu():
+    params, seeds = SamplingParams(40, 1.0, max_image_skips=0), [1, 2, 3]
+    expected = generate(tiny_bagel(), CONTEXTS, FakeTokenizer(), params, seeds)
+    model, workspace = tiny_bagel().to("cuda"), Workspace()
+    for _ in range(2):  # the second time from graphs
+        ours = generate(model, CONTEXTS, FakeTokenizer(), params, seeds, workspace=workspace)
+        for one, other in zip(ours, expected, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+    assert any(graph is not None for graph in workspace.graphs.recorded.values())
