@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling import generation
+from modeling import decoding, generation
 from modeling.bagel import text_logits
 from modeling.decoding import DecodeStep, Graphs, can_fuse, fuse
 from modeling.generation import SamplingParams, Workspace, generate, open_cache
@@ -33,6 +33,22 @@ def test_equals_the_forward_of_the_model(dtype, tolerance):
     torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
     torch.testing.assert_close(other.keys, cache.keys, atol=tolerance, rtol=0)
     torch.testing.assert_close(other.values, cache.values, atol=tolerance, rtol=0)
+
+
+def test_a_layer_is_one_graph_for_the_compiler(monkeypatch):
+    """As on CUDA, without its code generation: no break, and its writes into the cache are kept."""
+    compiled = torch.compile(decoding._layer, backend="aot_eager", fullgraph=True)
+    model = tiny_bagel()
+    caches = [open_cache(model, CONTEXTS, TOKENS, room=8) for _ in range(2)]
+    steps = [DecodeStep(model, Store(cache.keys, cache.values)) for cache in caches]
+    for rows, extent in ((3, 24), (2, 24), (2, 25)):  # several buckets
+        logits = []
+        for step, cache, layer in zip(steps, caches, (decoding._layer, compiled), strict=True):
+            monkeypatch.setattr(decoding, "_layer_function", lambda device, layer=layer: layer)
+            where = cache.positions[:rows], cache.lengths[:rows], extent
+            logits.append(step(TOKEN_IDS[:rows], *where))
+        torch.testing.assert_close(*logits, atol=1e-6, rtol=0)
+    assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].keys.any()
 
 
 def test_fusing_moves_memory_and_nothing_else():
