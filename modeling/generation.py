@@ -158,8 +158,7 @@ def generate(
     workspace = workspace or Workspace()
     cache = workspace.cache(model, len(contexts), _longest(contexts) + room)
     extend(model, cache, contexts, tokenizer.special)
-    decoder = _Decoder(model, cache, tokenizer, params, seeds, budgets, workspace)
-    return decoder.run(lambda: None)
+    return decode(model, cache, tokenizer, params, seeds, budgets, workspace=workspace)
 
 
 def open_cache(
@@ -208,12 +207,14 @@ def decode(
     seeds: Sequence[int] | None = None,
     budgets: Sequence[int] | None = None,
     step: Callable[[], None] = lambda: None,
+    workspace: Workspace | None = None,
 ) -> list[Rollout]:
     """`generate` for contexts that are in a cache already; what is written goes on in it.
 
-    The cache needs `decoding_room`; `step` is called after each step.
+    The cache needs `decoding_room`; `step` is called after each step. With the workspace that the
+    cache came from, rows may change their places in it, so it is used up.
     """
-    return _Decoder(model, cache, tokenizer, params, seeds, budgets).run(step)
+    return _Decoder(model, cache, tokenizer, params, seeds, budgets, workspace).run(step)
 
 
 @dataclass(frozen=True)
