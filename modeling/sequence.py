@@ -115,6 +115,7 @@ class PackedBatch:
     labels: Tensor  # (R,)
     loss_weights: Tensor  # (R,) float32, 1/sqrt(rows of the block), 1 for an end label
     loss_sample: Tensor  # (R,) which sample a loss row belongs to
+    sample_rows: tuple[int, ...]  # per sample, its loss rows
     image_grids: tuple[tuple[int, int], ...]  # (height, width) in patches, packed order
     latent_grids: tuple[tuple[int, int], ...]  # (height, width) in latent tokens, packed order
     samples: tuple[tuple[Split, ...], ...]  # per sample, its attention splits
@@ -183,6 +184,7 @@ def decode_batch(token_ids: Tensor, position_ids: Tensor) -> PackedBatch:
         labels=rows[:0],
         loss_weights=rows[:0].float(),
         loss_sample=rows,
+        sample_rows=(1,) * len(token_ids),
         image_grids=(),
         latent_grids=(),
         samples=((Split(1, "causal"),),) * len(token_ids),
@@ -210,13 +212,14 @@ class _Builder:
         self.labels: list[int] = []
         self.loss_weights: list[float] = []
         self.loss_sample: list[int] = []
+        self.sample_rows: list[int] = []
         self.image_grids: list[tuple[int, int]] = []
         self.latent_grids: list[tuple[int, int]] = []
         self.samples: list[tuple[Split, ...]] = []
         self.next_positions: list[int] = []
 
     def sample(self, index: int, segments: Sequence[Segment]) -> None:
-        splits, position = [], 0
+        splits, position, rows = [], 0, len(self.loss_rows)
         for segment in segments:
             length = segment_length(segment)
             if isinstance(segment, Gap):
@@ -235,6 +238,7 @@ class _Builder:
                 splits.append(Split(length, "noise" if learned else "full"))
             self.length += length
         self.samples.append(tuple(splits))
+        self.sample_rows.append(len(self.loss_rows) - rows)
         self.next_positions.append(position)
 
     def _text(self, block: Text, sample: int) -> None:
@@ -299,6 +303,7 @@ class _Builder:
             labels=long(self.labels),
             loss_weights=torch.tensor(self.loss_weights, dtype=torch.float32),
             loss_sample=long(self.loss_sample),
+            sample_rows=tuple(self.sample_rows),
             image_grids=tuple(self.image_grids),
             latent_grids=tuple(self.latent_grids),
             samples=tuple(self.samples),

@@ -1,5 +1,6 @@
 """Launch gates: each fault stops the run at its first step; sound runs pass and keep no trace."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -24,7 +25,7 @@ from tests.training import (
     weights_of,
     workspace,
 )
-from train import gates, losses, opsd, parallel, rollout
+from train import gates, losses, opsd, rollout
 from train.config import DistillArguments
 from train.gates import Findings, GateError, Token, limits_for
 from train.parallel import distributed

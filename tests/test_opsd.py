@@ -268,7 +268,7 @@ def test_greedy_decoding_does_not_write_an_empty_row_again(
 ):
     seen = []
 
-    def nothing(model, contexts, tokenizer, params, seeds, budgets):
+    def nothing(model, contexts, tokenizer, params, seeds, budgets, workspace):
         seen.append(len(contexts))
         return [Rollout((Round((), "eos", (0.0,)),)) for _ in contexts]
 

@@ -2,13 +2,19 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+from tests.training import largest_difference, opsd_config, run_opsd, weights_of
+from train import moments
+from train.config import UsageError
+from train.moments import HostAdamW
 from train.optim import (
     NonFiniteError,
     OptimConfig,
@@ -18,6 +24,7 @@ from train.optim import (
     lr_at,
     set_lr,
 )
+from train.session import open_optimizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "optim_golden.json").read_text())
 
@@ -71,6 +78,7 @@ def test_cosine_has_its_middle_between_lr_and_floor():
         ({"beta2": 1.0}, "beta2=1.0 is outside"),
         ({"eps": 0.0}, "eps=0.0 must be positive"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be positive"),
+        ({"adam_moments": "disk"}, "adam_moments='disk'; choose resident or host"),
         ({"schedule": "linear"}, "schedule='linear'; choose cosine or constant"),
         ({"warmup_steps": 2000}, "warmup_steps=2000 must lie between 0 and total_steps=1000"),
     ],
@@ -116,3 +124,150 @@ def test_non_finite_values_are_named_with_their_step():
         check_finite(7, loss=0.5, grad_norm=float("nan"))
     with pytest.raises(NonFiniteError, match=r"step 8: loss=-inf, grad_norm=inf.* lower --lr"):
         check_finite(8, loss=-math.inf, grad_norm=math.inf)
+
+
+# ---- moments in host memory -------------------------------------------------------------------
+
+SHAPES = [(7, 5), (3,), (1,), (40, 3), (11,), ()]
+BUCKETS = [1, 8, 35, 64, 10_000]  # smaller than, as large as, and larger than a parameter
+
+
+def parameters(device: str = "cpu") -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in SHAPES]
+
+
+def give_gradients(params: list[nn.Parameter], step: int) -> None:
+    """Some parameters have none in some steps."""
+    generator = torch.Generator().manual_seed(step)
+    for index, p in enumerate(params):
+        gradient = torch.randn(p.shape, generator=generator).to(p.device)
+        p.grad = None if (index + step) % 4 == 0 else gradient
+
+
+def both(bucket: int, steps: int, device: str = "cpu"):
+    """The same updates, streamed in buckets and not."""
+    one, two = parameters(device), parameters(device)
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": 0.1}
+    options["fused"] = device == "cuda" or None
+    optimizers = torch.optim.AdamW(one, **options), HostAdamW(two, bucket=bucket, **options)
+    for step in range(steps):
+        for params, optimizer in zip((one, two), optimizers, strict=True):
+            set_lr(optimizer, 1e-2 / (1 + step))
+            give_gradients(params, step)
+            optimizer.step()
+    return one, two, *optimizers
+
+
+def same_states(one, two, resident, streamed) -> bool:
+    return all(
+        torch.equal(a, b)
+        and all(torch.equal(value.cpu(), streamed.state[b][k].cpu()) for k, value in state.items())
+        for a, b in zip(one, two, strict=True)
+        if (state := resident.state[a])
+    )
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_streamed_moments_are_the_resident_ones_bit_for_bit(bucket):
+    one, two, resident, streamed = both(bucket, 7)
+    assert same_states(one, two, resident, streamed)
+    counts = {int(state["step"]) for state in streamed.state.values()}
+    assert len(counts) > 1  # parameters without a gradient are not counted
+    moved = zip(parameters(), two, strict=True)
+    assert max(float((a - b).detach().abs().max()) for a, b in moved) > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_streamed_moments_on_a_gpu_are_the_resident_ones_bit_for_bit(bucket):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    one, two, resident, streamed = both(bucket, 20, "cuda")
+    assert same_states(one, two, resident, streamed)
+    assert all(state["exp_avg"].is_pinned() for state in streamed.state.values())
+
+
+def test_streamed_moments_are_saved_and_loaded_in_place():
+    one, two, resident, streamed = both(8, 3)
+    fresh = HostAdamW(parameters(), bucket=64, lr=1.0)
+    places = [state["exp_avg"].data_ptr() for state in fresh.state.values()]
+    fresh.load_state_dict(resident.state_dict())
+    assert [state["exp_avg"].data_ptr() for state in fresh.state.values()] == places
+    assert fresh.param_groups[0]["lr"] == resident.param_groups[0]["lr"] == 1e-2 / 3
+    again = fresh.param_groups[0]["params"]
+    with torch.no_grad():
+        for mine, theirs in zip(again, one, strict=True):
+            mine.copy_(theirs)
+    for step in range(3, 6):
+        for params, optimizer in ((one, resident), (again, fresh)):
+            give_gradients(params, step)
+            optimizer.step()
+    assert same_states(one, again, resident, fresh)
+
+
+class FakeStream:
+    """Keeps what it is given, in order: buckets to work on, and what to wait for before."""
+
+    def __init__(self) -> None:
+        self.work: list = []
+
+    def wait_stream(self, other) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        self.work.append(event.after)
+
+
+class FakeEvent:
+    after: tuple = ()  # what has to be over
+
+    def record(self, stream) -> None:
+        self.after = (stream, stream.work[-1])
+
+
+def test_a_bucket_waits_for_its_place_on_the_device(monkeypatch):
+    own = FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    lanes = moments._Lanes(torch.device("cuda"))
+    bring, update, take = lanes.streams
+    assert update is own
+    for bucket in range(5):
+        slot = bucket % moments.SLOTS
+        for lane, stream in zip(
+            (lanes.bringing, lanes.updating, lanes.taking), lanes.streams, strict=True
+        ):
+            with lane(slot):
+                stream.work.append(bucket)
+    for bucket in range(5):
+        before = {
+            name: stream.work[stream.work.index(bucket) - 1]
+            for name, stream in (("bring", bring), ("update", update), ("take", take))
+        }
+        earlier = bucket - moments.SLOTS  # whose place it takes
+        assert before["bring"] == ((take, earlier) if earlier >= 0 else ())
+        assert before["update"] == (bring, bucket)
+        assert before["take"] == (update, bucket)
+
+
+def test_a_run_with_moments_in_host_memory_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(moments, "BUCKET", 1000)
+    flags = {"total_steps": 4, "save_every": 2, "lr": 2e-3}
+    resident = run_opsd(tmp_path / "resident", **flags)
+    assert run_opsd(tmp_path / "host", **flags, adam_moments="host") == resident
+    for earlier, kind in (("resident", "host"), ("host", "resident")):
+        start = tmp_path / earlier / "checkpoints" / "0000002"
+        where = tmp_path / f"{earlier}, {kind}"
+        assert run_opsd(where, **flags, adam_moments=kind, resume=start) == resident[2:]
+        ends = [weights_of(run, 4) for run in (where, tmp_path / "resident")]
+        assert largest_difference(*ends) == 0
+
+
+def test_sharded_moments_stay_on_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(FSDP, "fsdp_modules", lambda student: [student])
+    config = opsd_config(tmp_path, adam_moments="host")
+    with pytest.raises(UsageError, match="--adam_moments host: a run that shards its weights"):
+        open_optimizer(nn.Linear(2, 2), config)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.test_parallel import free_ports
 from tests.training import (
@@ -28,7 +28,8 @@ from train import opsd, sft
 from train.checkpoint import updates_in
 from train.config import UsageError
 from train.folders import claim_folders, find_resumable
-from train.parallel import distributed
+from train.parallel import distributed, full_state
+from train.teacher import EMATeacher
 
 STEPS = 5
 # log_every does not divide every stop: means then run over updates before and after it
@@ -90,7 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 ):
     sampled = []
     sample = opsd.sample
-    monkeypatch.setattr(opsd, "sample", lambda *a: sampled.append(a[-2]) or sample(*a))
+    monkeypatch.setattr(opsd, "sample", lambda *a: sampled.append(a[4]) or sample(*a))
     stop_after(whole / trainer, step, tmp_path)
     flags = {**FLAGS, **TEACHER[trainer], "num_workers": workers}
     lines = RUNS[trainer](tmp_path, **flags, resume="latest")
@@ -299,6 +300,96 @@ def test_a_changed_file_is_found_when_it_is_read(whole, tmp_path):
     file.write_bytes(data)
     with pytest.raises(UsageError, match="state/optimizer cannot be read"):
         run_sft(tmp_path, **FLAGS, resume="latest")
+
+
+# ---- masters ------------------------------------------------------------------------------------
+
+NARROW = {"compute_dtype": "bfloat16"}
+ALONE = dataclasses.replace(WORLD, compute_dtype=torch.bfloat16)
+
+
+def run_narrow(folder: Path, **flags) -> list[dict[str, float]]:
+    opsd.train(opsd_config(folder, **{**FLAGS, **TEACHER["opsd"], **NARROW, **flags}), ALONE)
+    return metric_lines(folder)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """An uninterrupted run on bfloat16 weights with masters."""
+    folder = tmp_path_factory.mktemp("narrow")
+    run_narrow(folder)
+    return folder
+
+
+@pytest.mark.parametrize("moments", ["resident", "host"])
+def test_a_run_with_masters_resumes_bit_for_bit(narrow, tmp_path, moments):
+    stop_after(narrow, 3, tmp_path)
+    lines = run_narrow(tmp_path, resume="latest", adam_moments=moments)
+    assert lines == metric_lines(narrow)
+    for done in range(4, STEPS + 1):
+        assert same(states_of(tmp_path, done), states_of(narrow, done))
+        assert same(weights_of(tmp_path, done), weights_of(narrow, done))
+    assert {value.dtype for value in states_of(narrow, 3).values()} == {torch.float32}
+    student = {k: v for k, v in states_of(narrow, 3).items() if k.startswith("student")}
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in student.values())
+
+
+def joined(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """The state of a run by name, whatever files its parts are in."""
+    whole: dict[str, torch.Tensor] = {}
+    for name, value in states_of(run, step).items():
+        part, _, key = name.split()
+        whole[f"{part} {key}"] = value
+    return whole
+
+
+def resave(rank: int, port: int, space: str, folder: str, num_shard: int) -> None:
+    """Two processes take over the state of `narrow`, say what they hold, and save it as theirs."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    flags = {**FLAGS, **TEACHER["opsd"], **NARROW, "num_shard": num_shard}
+    flags |= {"model_path": f"{space}/base", "data_root": f"{space}/datasets"}
+    config = opsd_config(Path(folder), **flags, resume=Path(folder) / "alone")
+    with distributed(config.model, num_shard, config.run.global_batch) as world:
+        writer, student, teacher, optimizer = opened(config, world)
+        assert writer.resume(student, teacher.module, optimizer).step == 3
+        for name, module in (("model", student), ("ema", teacher.module)):
+            state = full_state(module, world)
+            if world.is_main:
+                save_file(state, Path(folder) / f"{name}.safetensors")
+        writer.save(3, student, teacher.module, optimizer)
+
+
+def opened(config, world):
+    """Student, teacher, optimizer and writer of a distillation run, as train/opsd.py opens them."""
+    mixture = opsd.open_mixture(config)
+    model = opsd.open_model(config, world)
+    student = opsd.wrap(model, world)
+    other = opsd.open_model(config, world, announce=False)
+    teacher = EMATeacher(opsd.wrap(other, world, trained=False), config.distill.ema_decay)
+    optimizer = opsd.open_optimizer(student, config)
+    processor = opsd.open_processor(config, mixture)
+    writer = opsd.open_writer(config, model.config, processor, mixture, world)
+    return writer, student, teacher, optimizer
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_shard", [2, 1], ids=["fsdp", "ddp"])
+def test_masters_become_float32_shards_and_masters_again(narrow, tmp_path, num_shard):
+    """No value changes on the way from one process to two and back; then the run goes on."""
+    shutil.copytree(folder_of(narrow, 3), tmp_path / "alone")
+    arguments = (*free_ports(1), str(workspace()), str(tmp_path), num_shard)
+    mp.spawn(resave, arguments, nprocs=2)
+    held = states_of(narrow, 3)
+    for part, name in (("student", "model"), ("ema", "ema")):
+        gathered = load_file(tmp_path / f"{name}.safetensors")
+        before = {k.split()[2].removeprefix("module."): v for k, v in held.items() if part in k}
+        assert gathered.keys() == {k for k in before if "pos_embed" not in k}
+        assert all(torch.equal(value, before[key]) for key, value in gathered.items())
+    lines = run_narrow(tmp_path / "back", resume=folder_of(tmp_path, 3))
+    assert lines[-1] == metric_lines(narrow)[-1]  # the means before it began in the first run
+    assert same(joined(tmp_path / "back", STEPS), joined(narrow, STEPS))
 
 
 # ---- several processes ------------------------------------------------------------------------

@@ -142,7 +142,7 @@ class Writer:
     def __init__(self, empty_seeds=()):
         self.empty_seeds, self.calls = set(empty_seeds), []
 
-    def __call__(self, model, contexts, tokenizer, params, seeds, budgets):
+    def __call__(self, model, contexts, tokenizer, params, seeds, budgets, workspace):
         self.calls.append(list(zip(seeds, budgets, strict=True)))
         return [
             Rollout((Round(() if seed in self.empty_seeds else (7,), "eos", (0.0,) * 2),), seed)

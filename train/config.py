@@ -50,7 +50,7 @@ class ModelArguments:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = _help(
         "of forward passes; auto = bfloat16 on cuda, float32 on cpu", "auto"
     )
-    attention_backend: Backend = _help("sdpa, flex or flash", "sdpa")
+    attention_backend: Backend = _help("sdpa, flex, flash; auto = flex on cuda", "auto")
     activation_checkpointing: bool = _help("recompute decoder layers in backward", False)
 
 

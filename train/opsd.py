@@ -23,7 +23,7 @@ from train.gates import LaunchGates
 from train.interrupts import stop_signal
 from train.metrics import MetricLogger
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
-from train.parallel import RolloutCopy, World, wrap
+from train.parallel import World, rollout_model, wrap
 from train.rollout import (
     Trajectory,
     means_by_task,
@@ -59,10 +59,10 @@ def train(config: OpsdConfig, world: World) -> Path:
     teacher = build_teacher(
         distill.teacher_mode,
         student,
-        lambda _: wrap(open_model(config, world, announce=False), world),
+        lambda _: wrap(open_model(config, world, announce=False), world, trained=False),
         distill.ema_decay,
     )
-    actor = RolloutCopy(model.config, world)
+    actor = rollout_model(model.config, student, world)
     drawing = None
     if config.visual_thoughts.vt_source == "generated":
         drawing = DrawingTeacher(config, processor, world)
@@ -80,12 +80,13 @@ def train(config: OpsdConfig, world: World) -> Path:
             actor.refresh(student)
             shown = drawing.redraw(rows, teacher.module, step) if drawing else rows
             prompts = prepare(shown, processor, config.sampling, step, seed, distill.noise_vt)
+            params = config.sampling.params
             trajectories = sample(
-                actor.model, prompts, processor, config.sampling.params, step, seed
+                actor.model, prompts, processor, params, step, seed, actor.workspace
             )
-            count = int(world.sum(len(trajectories)))
+            counts = world.sums(len(trajectories), len(prompts), len(shown))
+            count, fitting, drawn = map(int, counts)
             if count == 0:
-                fitting, drawn = int(world.sum(len(prompts))), int(world.sum(len(shown)))
                 raise UsageError(
                     f"step {step}: no record has a completion; of {config.run.global_batch} "
                     f"{drawn} have visual thoughts, {fitting} fitted under --max_forward_tokens "
@@ -96,7 +97,6 @@ def train(config: OpsdConfig, world: World) -> Path:
             if step == start.step and distill.launch_gates:
                 gates = LaunchGates(distillation, student, teacher, config, tokens, world)
                 gates.check(step, trajectories, len(rows), idle)
-            optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=world.device)
             for micro in micro_batches(trajectories, len(rows), config.run.micro_batch, idle):
                 # gradients are averaged over ranks, so each rank's share counts `size` times
@@ -107,11 +107,12 @@ def train(config: OpsdConfig, world: World) -> Path:
                     observe_scores(metrics, scored, micro)
 
             norm = clip_grad_norm(student, config.optim.max_grad_norm)
-            total = world.sum(float(loss))
+            total = world.sum(loss)
             check_finite(step, loss=total, grad_norm=float(norm))
             lr = lr_at(step, config.optim)
             set_lr(optimizer, lr)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # sampling has the memory meanwhile
             teacher.update(student)
 
             observe_draws(metrics, rows)
@@ -172,12 +173,9 @@ def row_weights(
 
     `counted` leaves rows out of the mean, e.g. those whose token was not sampled.
     """
-    weights = torch.zeros(len(rows), device=rows.device)
     if micro[0].prompt.row < 0:  # a placeholder
-        return weights
-    counted = torch.ones_like(rows, dtype=torch.bool) if counted is None else counted
-    weights[counted] = losses.trajectory_mean_weights(rows[counted], count)
-    return weights
+        return torch.zeros(len(rows), device=rows.device)
+    return losses.trajectory_mean_weights(rows, count, counted, n_local=len(micro))
 
 
 def _teacher_head(
@@ -223,7 +221,8 @@ def _student_head(
 def drift(teacher: Teacher, student: nn.Module, world: World) -> float:
     """Root-mean-square distance of the teacher's parameters from the student's. Collective."""
     squares, count = squared_distance(teacher.module, student)
-    return math.sqrt(world.sum(float(squares)) / world.sum(count))
+    squares, count = world.sums(squares, count)
+    return math.sqrt(squares / count)
 
 
 def observe_scores(

@@ -1,7 +1,8 @@
-"""Processes, device mesh, FSDP HYBRID_SHARD, and the single-device copy that rollouts run on.
+"""Processes, device mesh, FSDP HYBRID_SHARD, and the single-device model that rollouts run on.
 
-Model code knows nothing of this file. One process: the plain module. Several replicas that do not
-shard: DDP (FSDP would silently not reduce there). Otherwise FSDP over a (replicate, shard) mesh.
+Model code knows nothing of this file. One process: the plain module, beside float32 masters where
+the compute dtype is narrower (train/master.py). Several replicas that do not shard: DDP (FSDP would
+silently not reduce there). Otherwise FSDP over a (replicate, shard) mesh.
 """
 
 import gc
@@ -24,15 +25,21 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from modeling.bagel import Bagel
 from modeling.config import BagelConfig
+from modeling.generation import Workspace
 from modeling.pretrained import is_generation_key
 from modeling.qwen2_mot import MoTDecoderLayer
 from modeling.siglip_navit import SiglipLayer
 from train.config import DTYPES, ModelArguments, UsageError
+from train.master import MasterWeights, RoundedForward
 from train.teacher import WRAPPER_NAMES
 
 # Of collectives over all ranks: sampling, or writing a checkpoint, may keep a rank away from them
 # for long, and torch's own limit (10 minutes on GPUs) would end the run.
 TIMEOUT = timedelta(hours=2)
+# What is gathered, or rounded, at a time. Bagel itself is one, so that the FSDP root owns no
+# parameters: a root keeps its own gathered after a forward without backward, and a teacher would
+# serve stale ones.
+UNITS = (Bagel, MoTDecoderLayer, SiglipLayer)
 HEAD_START = 10  # seconds in which a rank that failed is noticed before those that miss it
 
 
@@ -58,13 +65,20 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, value: float) -> float:
+    def sum(self, value: float | Tensor) -> float:
         """Sum over all ranks. Collective."""
+        return self.sums(value)[0]
+
+    def sums(self, *values: float | Tensor) -> list[float]:
+        """The sum of each value over all ranks, in one all-reduce. Collective."""
         if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total)
+            return [float(value) for value in values]
+        totals = [
+            torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values
+        ]
+        stacked = torch.stack(totals)
+        dist.all_reduce(stacked)
+        return stacked.tolist()
 
     def max(self, value: float) -> float:
         """Greatest over all ranks. Collective."""
@@ -143,12 +157,23 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def wrap(model: Bagel, world: World) -> nn.Module:
-    """Spread a float32 model over the processes; its forward runs in the compute dtype."""
+def wrap(model: Bagel, world: World, trained: bool = True) -> nn.Module:
+    """Spread a float32 model over the processes; its forward runs in the compute dtype.
+
+    Its parameters are float32 (in one process: masters of the weights that are computed with).
+
+    trained: False for a teacher, whose forward needs no weights that stay rounded.
+    """
     if world.size == 1:
-        return _Root(model, world)
+        narrow = world.compute_dtype != torch.float32
+        if narrow and trained:
+            return MasterWeights(model, world.compute_dtype)
+        if narrow:
+            RoundedForward(model, UNITS, world.compute_dtype)
+        return _Root(model)
     if world.num_shard == 1:
-        return DDP(_Root(model, world), broadcast_buffers=False)
+        narrow = world.compute_dtype if world.compute_dtype != torch.float32 else None
+        return DDP(_Root(model, narrow), broadcast_buffers=False)
     mesh = init_device_mesh(
         world.device.type,
         (world.num_replicate, world.num_shard),
@@ -156,12 +181,10 @@ def wrap(model: Bagel, world: World) -> nn.Module:
     )
     policy = partial(
         lambda_auto_wrap_policy,
-        # Bagel itself is a unit below the root, so that the root owns no parameters: a root keeps
-        # its own gathered after a forward without backward, and a teacher would serve stale ones
-        lambda_fn=lambda m: isinstance(m, (Bagel, MoTDecoderLayer, SiglipLayer)),
+        lambda_fn=lambda m: isinstance(m, UNITS),
     )
     return FSDP(
-        _Root(model, world),
+        _Root(model),  # FSDP casts the gathered weights itself
         device_mesh=mesh,
         sharding_strategy=ShardingStrategy.HYBRID_SHARD,
         auto_wrap_policy=policy,
@@ -172,20 +195,17 @@ def wrap(model: Bagel, world: World) -> nn.Module:
 
 
 class _Root(nn.Module):
-    """Holds the model one level below the sharding root; sets the compute dtype where nothing
-    shards.
-    """
+    """Holds the model one level below the sharding root; under autocast, if a dtype is given."""
 
-    def __init__(self, module: Bagel, world: World) -> None:
+    def __init__(self, module: Bagel, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.module = module
-        sharded = world.num_shard > 1  # FSDP casts the gathered weights itself
-        self.autocast = None if sharded or world.compute_dtype == torch.float32 else world
+        self.autocast = autocast
 
     def forward(self, *args, **kwargs):
         if self.autocast is None:
             return self.module(*args, **kwargs)
-        with torch.autocast(self.autocast.device.type, self.autocast.compute_dtype):
+        with torch.autocast(self.module.device.type, self.autocast):
             return self.module(*args, **kwargs)
 
 
@@ -239,8 +259,14 @@ def full_state(model: nn.Module, world: World) -> dict[str, Tensor]:
     return state
 
 
+def rollout_model(config: BagelConfig, student: nn.Module, world: World) -> "RolloutCopy":
+    """What to sample on: in one process the student's own compute weights, else a copy of them."""
+    return StudentItself(student) if world.size == 1 else RolloutCopy(config, world)
+
+
 class RolloutCopy:
-    """A single-device replica in the compute dtype whose storage never moves.
+    """A single-device replica in the compute dtype whose storage never moves, and the memory that
+    decoding on it uses again and again.
 
     Sampling on it needs no collective, so ranks may write completions of different lengths.
     """
@@ -254,6 +280,7 @@ class RolloutCopy:
                 model = Bagel(config, generation_expert=False).to(world.compute_dtype)
             model.vit_pos_embed.reset()
         self.model = model.requires_grad_(False).eval()
+        self.workspace = Workspace()
         parameters = model.named_parameters()
         self._targets = {name: p for name, p in parameters if not is_generation_key(name)}
 
@@ -267,3 +294,18 @@ class RolloutCopy:
         if copied != set(self._targets):
             missing = sorted(set(self._targets) - copied)
             raise RuntimeError(f"the rollout copy missed {len(missing)} parameters: {missing[:3]}")
+
+
+class StudentItself(RolloutCopy):
+    """In the place of a copy where the student is on one device as a whole: the model it trains.
+
+    Nothing to copy, and nothing that could lag behind. Its parameters stay trainable: what runs on
+    it does so without gradient.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.model = student.compute if isinstance(student, MasterWeights) else student.module
+        self.workspace = Workspace()
+
+    def refresh(self, student: nn.Module) -> None:
+        """Nothing to do: an update of the student is one of this model."""

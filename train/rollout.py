@@ -6,6 +6,7 @@ Legend: a row is one record of the optimizer step, numbered over all ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from data.mixture import Drawn
 from data.processor import Processor
 from data.streams import stream_seed
 from modeling.bagel import Bagel
-from modeling.generation import Rollout, Round, SamplingParams, generate
+from modeling.generation import Rollout, Round, SamplingParams, Workspace, generate
 from modeling.sequence import PackedBatch, Segment, segment_length
 from train.config import SamplingArguments
 from train.divergence import IGNORE_INDEX
@@ -116,6 +117,7 @@ def sample(
     params: SamplingParams,
     step: int,
     seed: int,
+    workspace: Workspace | None = None,
 ) -> list[Trajectory]:
     """Sample all prompts as one ragged batch; row streams are keyed by (seed, step, row).
 
@@ -128,7 +130,7 @@ def sample(
         seeds = [stream_seed(seed, "rollout", step, p.row, attempt) for p in pending]
         budgets = [p.budget for p in pending]
         contexts = [p.student for p in pending]
-        rollouts = generate(model, contexts, processor.tokenizer, params, seeds, budgets)
+        rollouts = generate(model, contexts, processor.tokenizer, params, seeds, budgets, workspace)
         pairs = list(zip(pending, rollouts, strict=True))
         done += [Trajectory(p, r) for p, r in pairs if r.token_ids]
         pending = [p for p, r in pairs if not r.token_ids]
@@ -158,10 +160,11 @@ def micro_batches(
 
 def sampled_labels(batch: PackedBatch, micro: list[Trajectory]) -> Tensor:
     """Labels of the loss rows, -100 where the closing token was not sampled but cut off."""
+    cut_off = [
+        end - 1 for end, t in zip(accumulate(batch.sample_rows), micro, strict=True) if t.ends_open
+    ]
     labels = batch.labels.clone()
-    last_rows = torch.bincount(batch.loss_sample, minlength=len(micro)).cumsum(0) - 1
-    open_ended = torch.tensor([t.ends_open for t in micro], device=labels.device)
-    labels[last_rows[open_ended]] = IGNORE_INDEX
+    labels[torch.tensor(cut_off, dtype=torch.long, device=labels.device)] = IGNORE_INDEX
     return labels
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
@@ -32,6 +33,7 @@ from train.config import OpsdConfig, TrainConfig, UsageError, save_config
 from train.folders import FRESH, Start, claim_folders
 from train.gates import GateError
 from train.interrupts import EXIT_STOPPED
+from train.master import MasterWeights
 from train.metrics import MetricLogger
 from train.optim import NonFiniteError, build_optimizer
 from train.parallel import LostRankError, World, distributed
@@ -113,7 +115,7 @@ def open_model(
     """
     path, weights = config.model.model_path, config.model.weights
     backend = config.model.attention_backend
-    if world.device.type == "cpu" and backend != "sdpa":
+    if world.device.type == "cpu" and backend not in ("auto", "sdpa"):
         # FlexAttention has no backward pass on the CPU, flash-attn no kernel at all
         raise UsageError(f"--attention_backend {backend} trains on a GPU only: use sdpa on the CPU")
     model = load_pretrained(path, weights=weights, experts=experts, device=world.device)
@@ -170,10 +172,29 @@ def open_loader(
 
 
 def open_optimizer(student: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW for what the student trains. After each of its steps the compute weights are those of
+    the step, also where they are rounded from masters.
+
+    Raises:
+        UsageError: moments in host memory for a sharded student.
+    """
     optim = config.optim
-    return build_optimizer(
-        student.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay
+    if optim.adam_moments == "host" and FSDP.fsdp_modules(student):
+        raise UsageError(
+            "--adam_moments host: a run that shards its weights has shards of the moments, too; "
+            "use resident on more GPUs, or --num_shard 1"
+        )
+    optimizer = build_optimizer(
+        student.parameters(),
+        optim.lr,
+        (optim.beta1, optim.beta2),
+        optim.eps,
+        optim.weight_decay,
+        optim.adam_moments,
     )
+    if isinstance(student, MasterWeights):
+        optimizer.register_step_post_hook(lambda *_: student.publish())
+    return optimizer
 
 
 def open_metrics(config: TrainConfig, world: World, start: Start = FRESH) -> MetricLogger:

@@ -64,8 +64,11 @@ def train(config: SftConfig, world: World) -> Path:
                 pack(part, tokens).to(world.device)
                 for part in forwards(sequences, config.run.micro_batch, tuning.max_num_tokens)
             ]
-            words = world.sum(sum(float(token_weights(b, config).sum()) for b in batches))
-            channels = max(world.sum(sum(b.targets.numel() for b in batches)), 1)
+            words, channels = world.sums(
+                sum(float(token_weights(b, config).sum()) for b in batches),
+                sum(b.targets.numel() for b in batches),
+            )
+            channels = max(channels, 1)
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=world.device)
             for batch, share in in_step(batches, world):
@@ -80,7 +83,7 @@ def train(config: SftConfig, world: World) -> Path:
                     metrics.observe(ce=nll, **({"mse": error} if len(error) else {}))
 
             norm = clip_grad_norm(student, config.optim.max_grad_norm)
-            total = world.sum(float(loss))
+            total = world.sum(loss)
             check_finite(step, loss=total, grad_norm=float(norm))
             lr = lr_at(step, config.optim)
             set_lr(optimizer, lr)

@@ -1,6 +1,7 @@
 """The state of a run: all that moves while it trains, in `state/` of a checkpoint folder.
 
-    student/ optimizer/ [ema/]    float32 weights, AdamW moments, EMA teacher
+    student/ optimizer/ [ema/]    float32 weights (masters, where there are any), AdamW moments,
+                                  EMA teacher
     trainer.json                  step, identity of the run, metrics not reported yet, what was
                                   validated so far, file sizes
 
@@ -53,7 +54,7 @@ FREE = frozenset(
     + ["preset", "results_dir", "checkpoint_dir", "overwrite", "resume", "micro_batch"]
     + ["num_shard", "save_every", "save_dtype", "save_state", "keep_last", "log_every"]
     + ["progress", "tensorboard_dir", "wandb_project", "launch_gates"]
-    + ["validate_every", "validation_samples"]
+    + ["validate_every", "validation_samples", "adam_moments"]
 )
 SMALL_FILES = ("llm_config.json", "vit_config.json", "tokenizer.json", "preprocessor_config.json")
 AUTOENCODER = ("vae_config.json", "ae.safetensors")
