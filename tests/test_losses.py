@@ -367,6 +367,50 @@ def test_chunked_equals_plain_with_gradients(head, hidden, top_k, mode, chunk_ro
     assert not output.row_jsd.requires_grad
 
 
+CLIPS = [(0.0, "off"), (0.02, "entry"), (0.5, "token")]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("top_k", [0, 7, 40])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("clip", "clip_mode"), CLIPS)
+def test_every_option_has_the_gradients_of_the_plain_form(
+    hidden, beta, top_k, mode, clip, clip_mode
+):
+    """With a bias; in float64 and float32; entries by themselves (4) and as a table (11)."""
+    config = JSDConfig(beta, top_k, mode, clip, clip_mode, 1.3, allow_signed_clip=True)
+    for dtype, rtol, atol in ((torch.float64, 1e-10, 1e-14), (torch.float32, 1e-5, 1e-6)):
+        torch.manual_seed(0)
+        head = nn.Linear(6, 40).to(dtype)
+        student, teacher_rows = hidden[0].to(dtype).requires_grad_(), hidden[1].to(dtype)
+        weights = torch.rand(11, generator=torch.Generator().manual_seed(1)).to(dtype)
+        leaves = [student, head.weight, head.bias]
+        rows = generalized_jsd(head(student), head(teacher_rows).detach(), config)
+        expected = torch.autograd.grad((weights * rows).sum(), leaves)
+        for chunk_rows in (4, 11):
+            teacher = teacher_topk(teacher_rows, head, config, chunk_rows)
+            output = chunked_jsd(student, head, teacher, config, weights, chunk_rows)
+            torch.testing.assert_close(output.row_jsd, rows.detach(), rtol=rtol, atol=atol)
+            found = torch.autograd.grad(output.loss, leaves)
+            torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+            assert all(grad.abs().max() > 1e-4 for grad in found)
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_sides_give_exactly_zero_in_chunks(mode, top_k):
+    torch.manual_seed(0)
+    head, rows = nn.Linear(6, 40, bias=False), logits(11, 6, 22, torch.float32)
+    config = JSDConfig(top_k=top_k, top_k_mode=mode)
+    student = rows.clone().requires_grad_()
+    teacher = teacher_topk(rows, head, config, 4)
+    output = chunked_jsd(student, head, teacher, config, torch.ones(11), 4)
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert output.row_jsd.tolist() == [0.0] * 11
+    assert student.grad.abs().max() == head.weight.grad.abs().max() == 0.0
+
+
 def test_diagnostics_of_the_student(head, hidden):
     config = JSDConfig(0.5, 3, token_clip=0.02, temperature=2.0)
     teacher = teacher_topk(hidden[1], head, config, 4)
@@ -384,22 +428,6 @@ def test_diagnostics_of_the_student(head, hidden):
     terms = 0.5 * (q * (q / m).log() + p * (p / m).log())
     torch.testing.assert_close(output.clipped_share, (terms > 0.02).double().mean(-1))
     assert 0 < output.clipped_share.mean() < 1
-
-
-def test_no_logits_are_kept_for_the_backward_pass(head, hidden):
-    config = JSDConfig(0.5, 7)
-    teacher = teacher_topk(hidden[1], head, config, 4)
-    kept: list[tuple] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (kept.append(tuple(x.shape)), x)[1], lambda x: x
-    )
-    rows = hidden[0].requires_grad_()
-    for chunk_rows, expected in ((4, False), (11, True)):
-        kept.clear()
-        with hooks:
-            chunked_jsd(rows, head, teacher, config, torch.ones(11), chunk_rows)
-            chunked_cross_entropy(rows, head, torch.zeros(11).long(), torch.ones(11), chunk_rows)
-        assert any(shape[-1:] == (40,) for shape in kept) is expected
 
 
 def test_projection_uses_the_wider_dtype(hidden):
@@ -437,9 +465,9 @@ def test_projection_under_autocast_is_that_of_narrow_states_and_weights(hidden):
 
 def test_diagnostics_are_not_repeated_in_the_backward_pass(head, hidden, monkeypatch):
     calls = []
-    original = train.losses._student_diagnostics
+    original = train.losses.row_statistics
     monkeypatch.setattr(
-        train.losses, "_student_diagnostics", lambda *a: (calls.append(1), original(*a))[1]
+        train.losses, "row_statistics", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
     )
     config = JSDConfig(0.5, 7)
     teacher = teacher_topk(hidden[1], head, config)
@@ -554,10 +582,14 @@ def check_sharded_gradients() -> None:
     for module in (plain, sharded):
         with torch.no_grad():
             teacher = module(x + 1, lambda rows, head: teacher_topk(rows, head, config, 4))
-        output = module(
-            x, lambda rows, head, t=teacher: chunked_jsd(rows, head, t, config, torch.ones(11), 4)
+        jsd, logprobs = module(
+            x,
+            lambda rows, head, t=teacher: (
+                chunked_jsd(rows, head, t, config, torch.ones(11), 4).loss,
+                chunked_logprobs(rows, head, torch.arange(11), chunk_rows=4),
+            ),
         )
-        output.loss.backward()
+        (jsd + logprobs.mean()).backward()
     inner = sharded.module
     with FSDP.summon_full_params(inner, with_grads=True):
         for name, parameter in plain.named_parameters():
@@ -584,6 +616,21 @@ def test_trajectory_weights_give_the_mean_of_means():
     split = sum((trajectory_mean_weights(s, 3) * v).sum().item() for s, v in parts)
     assert split == pytest.approx((3 + 10 + 6) / 3)
     assert trajectory_mean_weights(torch.zeros(0, dtype=torch.long), 2).shape == (0,)
+
+
+def test_trajectory_weights_of_some_rows_without_reading_back():
+    """What `counted` and `n_local` stand for, spelled out with the rows taken out by hand."""
+    sample = torch.tensor([0, 0, 0, 1, 3, 3])
+    counted = torch.tensor([True, False, True, False, True, True])
+    expected = torch.zeros(6)
+    expected[counted] = trajectory_mean_weights(sample[counted], 5)
+    for n_local in (None, 4):
+        assert torch.equal(trajectory_mean_weights(sample, 5, counted, n_local), expected)
+    assert torch.equal(
+        trajectory_mean_weights(sample, 5, n_local=4), trajectory_mean_weights(sample, 5)
+    )
+    with pytest.raises(ValueError, match="n_trajectories=3 but the rows belong to 4"):
+        trajectory_mean_weights(sample, 3, n_local=4)
 
 
 def test_token_weights_give_the_global_token_mean():

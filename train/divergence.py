@@ -3,7 +3,7 @@
 All of them sum the pointwise terms of `divergence_from_logprobs`: there is one divergence for
 training and for evaluation. `train.losses` applies them to hidden states.
 
-Shapes: R completion rows, V vocabulary, K kept (top-k) entries.
+Shapes: R completion rows, C rows of one chunk, V vocabulary, K kept (top-k) entries.
 """
 
 import math
@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that carries no loss
+# Rows whose float32 tables are made at once: they stay in a processor's cache; on a GPU few
+# launches count for more.
+STATISTICS_ROWS_CPU, STATISTICS_ROWS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,19 @@ class TeacherTopK:
     ids: Tensor | None  # (R, K) int64; None when the whole vocabulary is kept (then K = V)
     logprobs: Tensor  # (R, K) at temperature tau, float32 or wider, no gradient
 
+    def rows(self, span: slice) -> "TeacherTopK":
+        """What belongs to the rows of `span`."""
+        return TeacherTopK(None if self.ids is None else self.ids[span], self.logprobs[span])
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What a softmax at temperature tau takes from the whole row; float32 or wider, no gradient."""
+
+    peak: Tensor  # (R, 1) largest logit
+    log_total: Tensor  # (R, 1) log of the sum of exp((logit - peak) / tau)
+    entropy: Tensor | None  # (R, 1) nats; None where it was not asked for
+
 
 def divergence_from_logprobs(
     student_logp: Tensor, teacher_logp: Tensor, beta: float, normalised: bool = True
@@ -140,28 +156,36 @@ def kept_kl(student_logp: Tensor, teacher: TeacherTopK) -> Tensor:
     """
     if teacher.ids is None:
         return divergence_from_logprobs(student_logp, teacher.logprobs, beta=0.0).sum(-1)
-    kept = _with_tail(student_logp.gather(-1, teacher.ids))
-    return divergence_from_logprobs(kept, _with_tail(teacher.logprobs), beta=0.0).sum(-1)
+    return entries_kl(student_logp.gather(-1, teacher.ids), teacher)
+
+
+def entries_kl(student_logp: Tensor, teacher: TeacherTopK) -> Tensor:
+    """`kept_kl` (R,) from the student's full-vocabulary log-probs (R, K) of the kept entries."""
+    ours, theirs = _with_tail(student_logp), _with_tail(teacher.logprobs)
+    return divergence_from_logprobs(ours, theirs, beta=0.0).sum(-1)
 
 
 def aligned_logprobs(
     student_logits: Tensor, teacher: TeacherTopK, config: JSDConfig
 ) -> tuple[Tensor, Tensor]:
     """Student and teacher log-probs over the same entries, as `top_k_mode` defines them."""
-    teacher_logp = teacher.logprobs
     if teacher.ids is None:
-        return full_logprobs(student_logits, config.temperature), teacher_logp
-    # Renormalising removes the full-vocabulary normaliser again, so it needs no gradient there and
-    # nothing of size V is kept for it; it is subtracted so that both sides round alike.
-    renorm = config.top_k_mode == "renorm"
-    student_logp = _kept_logprobs(
-        student_logits, teacher.ids, config.temperature, constant_normaliser=renorm
+        return full_logprobs(student_logits, config.temperature), teacher.logprobs
+    student_logp = kept_logprobs(
+        student_logits, teacher.ids, row_statistics(student_logits, config.temperature), config
     )
-    if renorm:
-        return F.log_softmax(student_logp, dim=-1), F.log_softmax(teacher_logp, dim=-1)
-    if config.top_k_mode == "tail" and teacher.ids.shape[1] < student_logits.shape[1]:
-        return _with_tail(student_logp), _with_tail(teacher_logp)
-    return student_logp, teacher_logp
+    return aligned_entries(student_logp, teacher, config, student_logits.shape[-1])
+
+
+def aligned_entries(
+    student_logp: Tensor, teacher: TeacherTopK, config: JSDConfig, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """`aligned_logprobs` from the student's log-probs (C, K) of the kept entries, over all."""
+    if config.top_k_mode == "renorm":
+        return F.log_softmax(student_logp, dim=-1), F.log_softmax(teacher.logprobs, dim=-1)
+    if config.top_k_mode == "tail" and teacher.ids.shape[1] < vocab_size:
+        return _with_tail(student_logp), _with_tail(teacher.logprobs)
+    return student_logp, teacher.logprobs
 
 
 def clipped_rows(
@@ -181,14 +205,15 @@ def clipped_rows(
     return scale * rows, torch.zeros_like(rows)
 
 
+@torch.no_grad()
 def topk_from_logits(logits: Tensor, config: JSDConfig) -> TeacherTopK:
     """Keep each row's `top_k` largest logits (R, V) as full-vocabulary log-probs; no gradient."""
-    with torch.no_grad():
-        k = config.kept(logits.shape[-1])
-        if k == logits.shape[-1]:
-            return TeacherTopK(None, full_logprobs(logits, config.temperature))
-        ids = logits.topk(k, dim=-1).indices  # (R, K)
-        return TeacherTopK(ids, _kept_logprobs(logits, ids, config.temperature))
+    k = config.kept(logits.shape[-1])
+    if k == logits.shape[-1]:
+        return TeacherTopK(None, full_logprobs(logits, config.temperature))
+    ids = logits.topk(k, dim=-1).indices  # (R, K)
+    statistics = row_statistics(logits, config.temperature)
+    return TeacherTopK(ids, kept_logprobs(logits, ids, statistics, config))
 
 
 def full_logprobs(logits: Tensor, temperature: float) -> Tensor:
@@ -196,16 +221,50 @@ def full_logprobs(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(at_least_float32(logits) / temperature, dim=-1)
 
 
-def _kept_logprobs(
-    logits: Tensor, ids: Tensor, temperature: float, constant_normaliser: bool = False
+@torch.no_grad()
+def row_statistics(logits: Tensor, temperature: float, entropy: bool = False) -> RowStatistics:
+    """What the softmax of each row of (R, V) logits at `temperature` rests on; no gradient."""
+    size = STATISTICS_ROWS_CPU if logits.device.type == "cpu" else STATISTICS_ROWS
+    peak = at_least_float32(logits.amax(-1, keepdim=True))  # (R, 1)
+    log_total, means = torch.empty_like(peak), torch.empty_like(peak)
+    # Two tables for all parts: made anew for each, they would scatter a CPU's memory.
+    tables = peak.new_empty(2, min(size, len(logits)), logits.shape[-1])
+    for start in range(0, len(logits), size):
+        span = slice(start, start + size)
+        scaled, weights = tables[:, : len(logits[span])]
+        scaled.copy_(logits[span]).sub_(peak[span])
+        if temperature != 1.0:  # a division by 1 would read and write the table
+            scaled /= temperature
+        torch.exp(scaled, out=weights)
+        total = weights.sum(-1, keepdim=True)
+        log_total[span] = total.log()
+        if entropy:
+            means[span] = weights.mul_(scaled).sum(-1, keepdim=True) / total
+    return RowStatistics(peak, log_total, log_total - means if entropy else None)
+
+
+def kept_logprobs(
+    logits: Tensor, ids: Tensor, statistics: RowStatistics, config: JSDConfig
 ) -> Tensor:
-    """Full-vocabulary log-probs (C, K) of the entries `ids`; the normaliser may be a constant."""
+    """Full-vocabulary log-probs (C, K) of the entries `ids` of the logits (C, V), differentiable.
+
+    Renormalising removes the full-vocabulary normaliser again, so there it has no gradient; it is
+    subtracted so that both sides round alike.
+    """
+    logp = entry_logprobs(logits.gather(-1, ids), statistics, config)
+    if config.top_k_mode == "renorm" or not (torch.is_grad_enabled() and logits.requires_grad):
+        return logp
+    scaled = (at_least_float32(logits) - statistics.peak) / config.temperature  # (C, V)
+    normaliser = torch.logsumexp(scaled, dim=-1, keepdim=True)
+    # Its value is taken from the statistics, as the teacher's is: equal sides differ by exactly 0.
+    return logp - (normaliser - normaliser.detach())
+
+
+def entry_logprobs(entries: Tensor, statistics: RowStatistics, config: JSDConfig) -> Tensor:
+    """Full-vocabulary log-probs (C, K) of single logits (C, K), their normaliser held constant."""
     # Measured from the row's largest logit: log-probs then round by their own size.
-    peak = at_least_float32(logits.detach().amax(-1, keepdim=True))  # (C, 1)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not constant_normaliser):
-        scaled = (at_least_float32(logits) - peak) / temperature  # (C, V)
-        normaliser = torch.logsumexp(scaled, dim=-1, keepdim=True)
-    return (at_least_float32(logits.gather(-1, ids)) - peak) / temperature - normaliser
+    scaled = (at_least_float32(entries) - statistics.peak) / config.temperature
+    return scaled - statistics.log_total
 
 
 def _with_tail(logp: Tensor) -> Tensor:

@@ -1,36 +1,46 @@
 """Training losses over completion rows: JSD, reverse-KL policy loss, cross-entropy, row weights.
 
-Hidden states are projected to the vocabulary a few rows at a time, and the logits are computed
-again in the backward pass, so memory does not grow with the length of the completions.
+Hidden states are projected to the vocabulary a few rows at a time (`train.projection`), so memory
+does not grow with the length of the completions.
 The divergences themselves are in `train.divergence`; the names used elsewhere are re-exported here.
 
 Shapes: R completion rows, C rows of one chunk, V vocabulary, K kept (top-k) entries, D hidden.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from train.divergence import (
     IGNORE_INDEX,
     JSDConfig,
     TeacherTopK,
-    aligned_logprobs,
+    aligned_entries,
     check_teacher,
     clipped_rows,
     divergence_from_logprobs,
+    entries_kl,
+    entry_logprobs,
     full_logprobs,
     generalized_jsd,
     jsd_rows,
     kept_kl,
+    kept_logprobs,
+    row_statistics,
     same_shape,
     token_kl,
     token_logprobs,
     topk_from_logits,
+)
+from train.projection import (
+    CHUNK_ROWS,
+    Score,
+    chunks,
+    collect,
+    projection,
+    row_values,
+    weighted_sum,
 )
 
 __all__ = [
@@ -57,8 +67,6 @@ __all__ = [
     "trajectory_mean_weights",
 ]
 
-CHUNK_ROWS = 256  # rows projected at once; 256 x 152k logits are 156 MB in float32
-
 
 @dataclass(frozen=True)
 class DistillOutput:
@@ -77,10 +85,11 @@ def teacher_topk(
     hidden_rows: Tensor, lm_head: nn.Linear, config: JSDConfig, chunk_rows: int = CHUNK_ROWS
 ) -> TeacherTopK:
     """Teacher side of the JSD from hidden states (R, D), a chunk of rows at a time; no gradient."""
-    project = _projection(hidden_rows, lm_head)
-    parts = [topk_from_logits(project(rows), config) for rows in _chunks(hidden_rows, chunk_rows)]
-    ids = None if parts[0].ids is None else torch.cat([part.ids for part in parts])
-    return TeacherTopK(ids, torch.cat([part.logprobs for part in parts]))
+    project = projection(hidden_rows, lm_head)
+    parts = (topk_from_logits(project(rows), config) for rows in chunks(hidden_rows, chunk_rows))
+    tables = ((part.logprobs,) if part.ids is None else (part.logprobs, part.ids) for part in parts)
+    logprobs, *ids = collect(tables, len(hidden_rows))
+    return TeacherTopK(ids[0] if ids else None, logprobs)
 
 
 def chunked_jsd(
@@ -96,29 +105,45 @@ def chunked_jsd(
     loss = sum over rows of row_weights (R,) * row divergence; see `trajectory_mean_weights`.
     Gradients reach `hidden_rows` and `lm_head`. Zero rows give a zero loss with a graph.
     """
-    rows_total = hidden_rows.shape[0]
-    check_teacher(rows_total, teacher)
+    check_teacher(hidden_rows.shape[0], teacher)
     same_shape("row_weights and rows", row_weights.shape, hidden_rows.shape[:1])
-    project = _projection(hidden_rows, lm_head)
-    diagnostics: dict[int, tuple[Tensor, ...]] = {}
+    # Renormalised over the kept entries, the loss depends on no other logit.
+    ids = teacher.ids if config.top_k_mode == "renorm" else None
+    score = _full_score(teacher, config) if teacher.ids is None else _kept_score(teacher, config)
+    return DistillOutput(*weighted_sum(hidden_rows, lm_head, score, row_weights, chunk_rows, ids))
 
-    def score(rows: Tensor, start: int) -> Tensor:
-        logits = project(rows)
-        span = slice(start, start + rows.shape[0])
-        ids = None if teacher.ids is None else teacher.ids[span]
-        kept = TeacherTopK(ids, teacher.logprobs[span])
-        row_jsd, clipped = clipped_rows(*aligned_logprobs(logits, kept, config), kept, config)
-        if start not in diagnostics:  # the recomputation in the backward pass skips this
-            watched = _student_diagnostics(logits, kept, config.temperature)
-            diagnostics[start] = (*watched, clipped)
-        return row_jsd
 
-    row_jsd = _map_rows(score, hidden_rows, chunk_rows)
-    kl, entropy, outside, clipped = (
-        torch.cat([diagnostics[start][i] for start in sorted(diagnostics)]) for i in range(4)
-    )
-    loss = (row_weights.to(row_jsd.dtype) * row_jsd).sum()
-    return DistillOutput(loss, row_jsd.detach(), kl, entropy, outside, clipped)
+def _full_score(teacher: TeacherTopK, config: JSDConfig) -> Score:
+    """The whole vocabulary is compared; columns in the order of `DistillOutput`."""
+
+    def score(logits: Tensor, entries: Tensor, span: slice) -> tuple[Tensor, ...]:
+        kept = teacher.rows(span)
+        logp = full_logprobs(entries, config.temperature)
+        row_jsd, clipped = clipped_rows(logp, kept.logprobs, kept, config)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)
+            return row_jsd, kept_kl(logp, kept), entropy, torch.zeros_like(entropy), clipped
+
+    return score
+
+
+def _kept_score(teacher: TeacherTopK, config: JSDConfig) -> Score:
+    """The teacher's kept entries are compared; columns in the order of `DistillOutput`."""
+
+    def score(logits: Tensor, entries: Tensor, span: slice) -> tuple[Tensor, ...]:
+        kept, vocab_size = teacher.rows(span), logits.shape[-1]
+        statistics = row_statistics(logits, config.temperature, entropy=True)
+        if config.top_k_mode == "renorm":
+            logp = entry_logprobs(entries, statistics, config)
+        else:
+            logp = kept_logprobs(entries, kept.ids, statistics, config)
+        pair = aligned_entries(logp, kept, config, vocab_size)
+        row_jsd, clipped = clipped_rows(*pair, kept, config)
+        with torch.no_grad():
+            outside = -torch.expm1(torch.logsumexp(logp, dim=-1).clamp(max=0))
+            return row_jsd, entries_kl(logp, kept), statistics.entropy[:, 0], outside, clipped
+
+    return score
 
 
 def chunked_logprobs(
@@ -133,12 +158,11 @@ def chunked_logprobs(
     Rows whose id is -100 give exactly 0 and no gradient.
     """
     same_shape("ids and rows", ids.shape, hidden_rows.shape[:1])
-    project = _projection(hidden_rows, lm_head)
 
-    def score(rows: Tensor, start: int) -> Tensor:
-        return token_logprobs(project(rows), ids[start : start + rows.shape[0]], temperature)
+    def score(logits: Tensor, entries: Tensor, span: slice) -> tuple[Tensor, ...]:
+        return (token_logprobs(entries, ids[span], temperature),)
 
-    return _map_rows(score, hidden_rows, chunk_rows)
+    return row_values(hidden_rows, lm_head, score, chunk_rows)
 
 
 def chunked_cross_entropy(
@@ -149,8 +173,13 @@ def chunked_cross_entropy(
     chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
     """Sum over rows of row_weights (R,) * cross-entropy of labels (R,); label -100 counts zero."""
-    logprobs = chunked_logprobs(hidden_rows, lm_head, labels, chunk_rows=chunk_rows)
-    return -(row_weights.to(logprobs.dtype) * logprobs).sum()
+    same_shape("labels and rows", labels.shape, hidden_rows.shape[:1])
+    same_shape("row_weights and rows", row_weights.shape, hidden_rows.shape[:1])
+
+    def score(logits: Tensor, entries: Tensor, span: slice) -> tuple[Tensor, ...]:
+        return (-token_logprobs(entries, labels[span]),)
+
+    return weighted_sum(hidden_rows, lm_head, score, row_weights, chunk_rows)[0]
 
 
 @torch.no_grad()
@@ -163,9 +192,9 @@ def chunked_token_kl(
 ) -> Tensor:
     """`token_kl` (R,) from the hidden states (R, D) of both sides, without (R, V) tables."""
     same_shape("teacher and student rows", teacher_rows.shape[:1], student_rows.shape[:1])
-    teacher_project = _projection(teacher_rows, teacher_head)
-    student_project = _projection(student_rows, student_head)
-    pairs = zip(_chunks(teacher_rows, chunk_rows), _chunks(student_rows, chunk_rows), strict=True)
+    teacher_project = projection(teacher_rows, teacher_head)
+    student_project = projection(student_rows, student_head)
+    pairs = zip(chunks(teacher_rows, chunk_rows), chunks(student_rows, chunk_rows), strict=True)
     return torch.cat([token_kl(teacher_project(t), student_project(s)) for t, s in pairs])
 
 
@@ -194,24 +223,44 @@ def chunked_policy_loss(
 
     `teacher_logprobs` (R,) come from `chunked_logprobs` of the teacher at the same temperature.
     """
-    student = chunked_logprobs(hidden_rows, lm_head, sampled_ids, temperature, chunk_rows)
-    return (row_weights.to(student.dtype) * policy_rows(student, teacher_logprobs)).sum()
+    same_shape("ids and rows", sampled_ids.shape, hidden_rows.shape[:1])
+    same_shape("row_weights and rows", row_weights.shape, hidden_rows.shape[:1])
+    same_shape("teacher log-probs and rows", teacher_logprobs.shape, hidden_rows.shape[:1])
+
+    def score(logits: Tensor, entries: Tensor, span: slice) -> tuple[Tensor, ...]:
+        student = token_logprobs(entries, sampled_ids[span], temperature)
+        return (policy_rows(student, teacher_logprobs[span]),)
+
+    return weighted_sum(hidden_rows, lm_head, score, row_weights, chunk_rows)[0]
 
 
-def trajectory_mean_weights(sample_index: Tensor, n_trajectories: int) -> Tensor:
+def trajectory_mean_weights(
+    sample_index: Tensor,
+    n_trajectories: int,
+    counted: Tensor | None = None,
+    n_local: int | None = None,
+) -> Tensor:
     """Weights (R,) with which a sum over rows is the mean of per-trajectory means (Eq. 7).
 
     sample_index (R,): trajectory of each row, from 0; all rows of a trajectory must be present.
     n_trajectories: trajectories of the whole optimizer step, over all packs and ranks.
+    counted (R,): rows that take part in the means; the others get weight 0. By default all.
+    n_local: how many of them `sample_index` numbers. Given, nothing is read back from the device.
     """
-    counts = torch.bincount(sample_index)
-    present = int((counts > 0).sum())
+    if counted is None:
+        counted = torch.ones_like(sample_index, dtype=torch.bool)
+    present = n_local
+    if n_local is None:
+        n_local = int(sample_index.max()) + 1 if len(sample_index) else 0
+        present = len(sample_index[counted].unique())
     if n_trajectories < max(present, 1):
         raise ValueError(
             f"n_trajectories={n_trajectories} but the rows belong to {present} trajectories; "
             "give the number in the whole optimizer step"
         )
-    return 1.0 / (n_trajectories * counts[sample_index].to(torch.float32))
+    counted = counted.to(torch.float32)
+    counts = counted.new_zeros(n_local).index_add_(0, sample_index, counted)
+    return counted / (n_trajectories * counts.clamp(min=1)[sample_index])
 
 
 def token_mean_weights(labels: Tensor, n_tokens: int | None = None) -> Tensor:
@@ -225,54 +274,3 @@ def token_mean_weights(labels: Tensor, n_tokens: int | None = None) -> Tensor:
     if n_tokens < 1:
         raise ValueError(f"n_tokens={n_tokens}; a mean needs at least one row with a label")
     return counted / n_tokens
-
-
-@torch.no_grad()
-def _student_diagnostics(
-    logits: Tensor, teacher: TeacherTopK, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """KL (C,) from the teacher, the student's entropy (C,), its probability (C,) outside the kept
-    entries.
-    """
-    logp = full_logprobs(logits, temperature)
-    kl, entropy = kept_kl(logp, teacher), -(logp.exp() * logp).sum(-1)
-    if teacher.ids is None:
-        return kl, entropy, torch.zeros_like(entropy)
-    inside = torch.logsumexp(logp.gather(-1, teacher.ids), dim=-1)
-    return kl, entropy, -torch.expm1(inside.clamp(max=0))
-
-
-def _projection(hidden_rows: Tensor, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Hidden states to logits, in the wider dtype of the two; under autocast in its dtype.
-
-    So training in bfloat16 has bfloat16 logits, sharded (narrow states and gathered weights) or not
-    (autocast); every softmax over them is float32. They are 0.06 to 0.125 apart at the usual
-    magnitudes: where that matters, hand over float32 hidden states without autocast. The weight is
-    then converted once, not once per chunk.
-    """
-    dtype = torch.promote_types(hidden_rows.dtype, lm_head.weight.dtype)
-    weight = lm_head.weight.to(dtype)
-    bias = None if lm_head.bias is None else lm_head.bias.to(dtype)
-    return lambda rows: F.linear(rows.to(dtype), weight, bias)
-
-
-def _map_rows(score: Callable[[Tensor, int], Tensor], rows: Tensor, chunk_rows: int) -> Tensor:
-    """score(chunk, start) -> (C,) over all chunks, concatenated; recomputed for the backward pass.
-
-    A single chunk is scored directly: recomputing it would cost time and save nothing at its peak.
-    """
-    chunks = _chunks(rows, chunk_rows)
-    if len(chunks) == 1:
-        return score(rows, 0)
-    parts = [
-        # No random numbers in here, so no generator state needs to be kept.
-        checkpoint(score, chunk, i * chunk_rows, use_reentrant=False, preserve_rng_state=False)
-        for i, chunk in enumerate(chunks)
-    ]
-    return torch.cat(parts)
-
-
-def _chunks(rows: Tensor, chunk_rows: int) -> tuple[Tensor, ...]:
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows} must be at least 1; {CHUNK_ROWS} is the default")
-    return rows.split(chunk_rows)  # one empty chunk when there are no rows
