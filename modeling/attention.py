@@ -13,6 +13,7 @@ E head_dim.
 
 import functools
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -125,13 +126,30 @@ class _Padding:
         return x if self.uniform else x.index_select(0, self.scatter)
 
 
+class _MaskedPlan(Plan):
+    """Has a mask, True = may attend, or None where all see all."""
+
+    mask: Tensor | None
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores; made once for all layers."""
+        if self.mask is None:
+            return None
+        if self._bias is None or self._bias.dtype != dtype:
+            zero = torch.zeros((), dtype=dtype, device=self.device)
+            self._bias = torch.where(self.mask, zero, -math.inf)
+        return self._bias
+
+    _bias: Tensor | None = None
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """(B, H, L, E) x (B, K, S, E) -> (B, H, L, E), scale 1/sqrt(E), grouped kv-heads."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
-class SDPAPlan(Plan):
+class SDPAPlan(_MaskedPlan):
     """Exact for every mix of splits. Samples in which all see all (pictures) are taken together by
     their length, without mask or padding; others are padded to one length and masked.
     """
@@ -151,7 +169,7 @@ class SDPAPlan(Plan):
         if self.groups is not None:
             return self.groups.attend(q, k, v)
         q, k, v = (self.padding.pad(x).transpose(1, 2) for x in (q, k, v))
-        out = _sdpa(q, k, v, self.mask).transpose(1, 2)  # (B, L, H, E)
+        out = _sdpa(q, k, v, self.bias(q.dtype)).transpose(1, 2)  # (B, L, H, E)
         return self.padding.unpad(out)
 
     def _rebuilt(self, device: torch.device) -> "SDPAPlan":
@@ -233,16 +251,21 @@ def _flex_kernel(device_type: str) -> Callable[..., Tensor]:
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _mask_rule(first: Tensor, last: Tensor, own: Tensor | None) -> MaskRule:
+def _mask_rule(first: Tensor | None, last: Tensor, own: Tensor | None) -> MaskRule:
     """FlexAttention's rule for a pair of tokens; see `_PackedRules`."""
+
+    def of_one_sample(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= last[query]
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first[query] <= key) & (key <= last[query])
 
-    def visible_without_noise(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(b, h, query, key) & ((own[key] < 0) | (own[key] == own[query]))
+    rule = of_one_sample if first is None else visible
 
-    return visible if own is None else visible_without_noise
+    def without_noise(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(b, h, query, key) & ((own[key] < 0) | (own[key] == own[query]))
+
+    return rule if own is None else without_noise
 
 
 class _PackedRules:
@@ -252,6 +275,7 @@ class _PackedRules:
 
     def __init__(self, samples: Samples, device: torch.device) -> None:
         splits = [split for sample in samples for split in sample]
+        self.several = sum(map(bool, samples)) > 1
         self.total = sum(split.length for split in splits)
         columns, start = [], 0
         for sample in samples:
@@ -281,8 +305,9 @@ class _PackedRules:
             *_listed(partial),
             *_listed(full),
             BLOCK_SIZE=BLOCK,
-            mask_mod=_mask_rule(self.first, self.last, self.own),
+            mask_mod=_mask_rule(self.first if self.several else None, self.last, self.own),
             seq_lengths=(self.total, self.total),
+            compute_q_blocks=torch.is_grad_enabled(),  # the same by keys, for the backward pass
         )
 
     def _blocks(self) -> tuple[Tensor, Tensor]:
@@ -386,7 +411,7 @@ def _refuse_noise(samples: Samples) -> None:
         raise ValueError("noise splits cannot be cached")
 
 
-class CachedPlan(Plan):
+class CachedPlan(_MaskedPlan):
     """Attention of new tokens over cached plus new keys; knows where new keys are to be stored.
 
     Lengths of the cached part are read on the device only, so building a plan never waits for it.
@@ -425,7 +450,7 @@ class CachedPlan(Plan):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, E); k and v are cache views (B, K, S, E) that already hold the new tokens."""
         q = self.padding.pad(q).transpose(1, 2)
-        return self.padding.unpad(_sdpa(q, k, v, self.mask).transpose(1, 2))
+        return self.padding.unpad(_sdpa(q, k, v, self.bias(q.dtype)).transpose(1, 2))
 
     def _rebuilt(self, device: torch.device) -> "CachedPlan":
         return CachedPlan(self.samples, self.lengths.to(device), self.extent)

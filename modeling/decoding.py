@@ -44,6 +44,8 @@ class Shared(NamedTuple):
     bias: Tensor  # (B, 1, 1, S) 0 where a key may be seen, else -inf
     eps: Tensor  # () sqrt(D eps)
     head_eps: Tensor  # () sqrt(E eps)
+    normed: Tensor  # (B, D) and, for heads, (B, H + K, E): where norms are rounded to, again and
+    rotated: Tensor  # again
 
 
 PLAIN = (MoTDecoderLayer, Attention, SwiGLU, RMSNorm, nn.Linear)
@@ -117,6 +119,9 @@ class DecodeStep:
         self.key_ids = torch.arange(store.keys.shape[3], device=device)
         self.norms = torch.empty(2 * len(self.layers) + 1, config.hidden_size, device=device)
         shape = len(self.layers), 1, self.heads + self.kv_heads, self.head_dim
+        rows, dtype = store.keys.shape[1], store.keys.dtype
+        self.normed = torch.empty(rows, config.hidden_size, dtype=dtype, device=device)
+        self.rotated = torch.empty(rows, *shape[2:], dtype=dtype, device=device)
         self.direct, self.rolled = (
             torch.empty(shape, device=device),
             torch.empty(shape, device=device),
@@ -172,9 +177,14 @@ class DecodeStep:
         bias = torch.zeros(B, extent, dtype=x.dtype, device=x.device).masked_fill_(
             hidden, -math.inf
         )
-        eps = self.eps.unbind(0)
         shared = Shared(
-            self.row_ids[:B], self.head_ids, lengths[:, None], bias[:, None, None], *eps
+            self.row_ids[:B],
+            self.head_ids,
+            lengths[:, None],
+            bias[:, None, None],
+            *self.eps.unbind(0),
+            self.normed[:B],
+            self.rotated[:B],
         )
         keys = self.keys[:, :B, :, :extent].unbind(0)
         values = self.values[:, :B, :, :extent].unbind(0)
@@ -192,7 +202,7 @@ class DecodeStep:
                 keys[i],
                 values[i],
             )
-        return F.linear(_scaled(x, eps[0], norms[-1]), self.head.weight)
+        return F.linear(_scaled(x, norms[-1], shared), self.head.weight)
 
 
 def _layer(
@@ -212,12 +222,12 @@ def _layer(
     """
     K, E = keys.shape[1], keys.shape[3]
     heads = direct.shape[1]
-    qkv = torch.addmm(weights.qkv_bias, _scaled(x, shared.eps, attention_norm), weights.qkv)
+    qkv = torch.addmm(weights.qkv_bias, _scaled(x, attention_norm, shared), weights.qkv)
     qk, v = qkv.view(len(x), -1, E).split([heads, K], 1)
     size = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
     qk = qk / torch.hypot(size, shared.head_eps)
-    qk = torch.addcmul(qk * direct, qk.roll(E // 2, -1), rolled).to(v.dtype)
-    q, k = qk.split([heads - K, K], 1)
+    torch.addcmul(qk * direct, qk.roll(E // 2, -1), rolled, out=shared.rotated)
+    q, k = shared.rotated.split([heads - K, K], 1)
     where = shared.rows, shared.heads, shared.slots
     keys.index_put_(where, k)
     values.index_put_(where, v)
@@ -226,14 +236,14 @@ def _layer(
         q.view(len(x), K, -1, E), keys, values, attn_mask=shared.bias
     )
     x = torch.addmm(x, out.reshape(len(x), -1), weights.out)
-    gate, up = torch.mm(_scaled(x, shared.eps, mlp_norm), weights.gate_up).chunk(2, -1)
+    gate, up = torch.mm(_scaled(x, mlp_norm, shared), weights.gate_up).chunk(2, -1)
     return torch.addmm(x, F.silu(gate) * up, weights.down)
 
 
-def _scaled(x: Tensor, eps: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm in float32; `eps` and `weight` carry the root of the width."""
+def _scaled(x: Tensor, weight: Tensor, shared: Shared) -> Tensor:
+    """RMSNorm in float32, rounded once; `eps` and `weight` carry the root of the width."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x / torch.hypot(size, eps) * weight).to(x.dtype)
+    return torch.mul(x / torch.hypot(size, shared.eps), weight, out=shared.normed)
 
 
 @functools.cache

@@ -80,13 +80,21 @@ class Habits:
 
     look_every: int  # steps between two looks of the host at which rows have ended
     extent_step: int  # attention covers key slots up to a multiple of this
-    width_step: int  # rows are dropped once their number is a smaller multiple of this
+    all_widths: bool  # whether any number of rows may be left, or some numbers only
+
+    def extent(self, slots: int) -> int:
+        return -(-slots // self.extent_step) * self.extent_step
+
+    def width(self, rows: int) -> int:
+        """Rows to go on with where `rows` are left: up to 4, an even number up to 16, fours."""
+        step = 1 if self.all_widths or rows <= 4 else 2 if rows <= 16 else 4
+        return -(-rows // step) * step
 
 
 # A look costs nothing on the CPU. On an accelerator it waits for the device, and each pair of
 # extent and width is a graph to be recorded.
-CPU_HABITS = Habits(look_every=1, extent_step=1, width_step=1)
-ACCELERATOR_HABITS = Habits(look_every=16, extent_step=256, width_step=4)
+CPU_HABITS = Habits(look_every=1, extent_step=1, all_widths=True)
+ACCELERATOR_HABITS = Habits(look_every=16, extent_step=256, all_widths=False)
 
 
 def _habits(model: Bagel) -> Habits:
@@ -113,8 +121,7 @@ class Workspace:
         store = self.store
         fits = store is not None and store.keys.dtype == dtype and store.keys.device == device
         if not (fits and store.fits(rows, capacity)):
-            step = _habits(model).extent_step
-            cache = KVCache(config, rows, -(-capacity // step) * step, dtype, device)
+            cache = KVCache(config, rows, _habits(model).extent(capacity), dtype, device)
             self._start(Store(cache.keys, cache.values))
         return KVCache(config, rows, capacity, dtype, device, self.store)
 
@@ -286,7 +293,8 @@ class _Decoder:
             self.fused = DecodeStep(model, Store(cache.keys, cache.values))
         # sampled tokens of a row, closing ones included
         self.most = max(limits) + params.max_image_skips + 1
-        self.state = self._state(limits, seeds)
+        self.home = self._home(limits, seeds)
+        self.state = self.home.first(B)  # of the rows that are left
         self.rows: list[int | None] = list(range(B))  # who is in a place of the batch
         self.skips = [0] * B
         self.seeds = seeds if seeds is not None else [None] * B
@@ -294,7 +302,8 @@ class _Decoder:
         self.reach = cache.extent  # bound of the lengths
         self.steps = 0
 
-    def _state(self, limits: Sequence[int], seeds: Sequence[int] | None) -> _State:
+    def _home(self, limits: Sequence[int], seeds: Sequence[int] | None) -> _State:
+        """The memory of all rows, which may have room for more, with their first state."""
         B, device = len(limits), self.cache.device
         state = self.workspace.state if self.workspace else None
         if state is None or len(state.inputs) < B or state.sampled.shape[1] <= self.most:
@@ -326,14 +335,15 @@ class _Decoder:
 
     def run(self, after_step: Callable[[], None]) -> list[Rollout]:
         """All rows to their end; `after_step` is called after each step."""
-        while True:
-            if self.steps % self.habits.look_every == 0:
-                self._look()
-                if not any(row is not None for row in self.rows):
-                    break
-            self._advance()
-            self.steps += 1
-            after_step()
+        with torch.inference_mode():  # what lasts was made before: it can be used anywhere
+            while True:
+                if self.steps % self.habits.look_every == 0:
+                    self._look()
+                    if not any(row is not None for row in self.rows):
+                        break
+                self._advance()
+                self.steps += 1
+                after_step()
         if self.workspace is None:
             self._return_cache()
         return self.done
@@ -345,21 +355,20 @@ class _Decoder:
         if self.graphs is not None and self.cache.device.type == "cuda":
             greedy = self.params.temperature == 0
             key = width, extent, self.params.temperature, self.special.eos, greedy
-            self.graphs.run(key, lambda: self._step(width, extent))
+            self.graphs.run(key, lambda: self._step(extent))
         else:
-            self._step(width, extent)
+            self._step(extent)
 
     def _extent(self, reach: int) -> int:
-        step = self.habits.extent_step
-        return min(-(-reach // step) * step, self.cache.capacity)
+        return min(self.habits.extent(reach), self.cache.capacity)
 
-    def _step(self, width: int, extent: int) -> None:
+    def _step(self, extent: int) -> None:
         """Feed one token per row, sample the next. Rows that wait neither advance nor record."""
-        state = self.state.first(width)
-        logits = self._forward(state.inputs, state, extent).float()
+        state = self.state
+        logits = self._forward(state.inputs, extent).float()
         logprobs = torch.log_softmax(logits, dim=-1)
         place = torch.where(state.active, state.count, state.sampled.shape[1] - 1)[:, None]
-        token = self._pick(logits, logprobs, state, place)
+        token = self._pick(logits, logprobs, place)
         state.sampled.scatter_(1, place, token)
         state.logprobs.scatter_(1, place, logprobs.gather(1, token))
         token = token[:, 0]
@@ -370,15 +379,16 @@ class _Decoder:
         state.active.logical_and_(state.content < state.limits)
         state.inputs.copy_(torch.where(state.active, token, state.inputs))
 
-    def _forward(self, tokens: Tensor, state: _State, extent: int) -> Tensor:
+    def _forward(self, tokens: Tensor, extent: int) -> Tensor:
         """(B, V) logits of one more token per row, whose keys and values do not count yet."""
+        state = self.state
         if self.fused is not None:
             return self.fused(tokens, state.positions, state.lengths, extent)
         cache = self.cache
         cache.lengths, cache.positions, cache.extent = state.lengths, state.positions, extent - 1
         return self.model(decode_batch(tokens, state.positions), kv_cache=cache, head=text_logits)
 
-    def _pick(self, logits: Tensor, logprobs: Tensor, state: _State, place: Tensor) -> Tensor:
+    def _pick(self, logits: Tensor, logprobs: Tensor, place: Tensor) -> Tensor:
         """(B, V) -> (B, 1): the largest, or the inverse of the cumulative distribution at the row's
         number.
         """
@@ -387,13 +397,13 @@ class _Decoder:
             return logits.argmax(dim=-1, keepdim=True)
         probs = logprobs.exp() if tau == 1 else torch.softmax(logits / tau, dim=-1)
         cumulative = probs.double().cumsum(dim=-1)
-        u = state.uniforms.gather(1, place)
+        u = self.state.uniforms.gather(1, place)
         token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
         return token.clamp_(max=logits.shape[-1] - 1)
 
     def _look(self) -> None:
         """Host side: which rows have ended, and which of them go on after an image skip."""
-        state = self.state.first(len(self.rows))
+        state = self.state
         active, lengths = torch.stack([state.active.long(), state.lengths]).tolist()
         self.reach = max(lengths)
         ended = [
@@ -449,12 +459,12 @@ class _Decoder:
 
     def _skip(self, places: list[int]) -> None:
         """Feed the closing token that these rows sampled, and let them open another round."""
-        state = self.state.first(len(self.rows))
+        state = self.state
         skipping = torch.zeros_like(state.active)
         skipping[places] = True
         self.reach += 1
         closing = torch.full_like(state.inputs, self.special.eos)
-        self._forward(closing, state, self._extent(self.reach))
+        self._forward(closing, self._extent(self.reach))
         state.lengths.add_(skipping)
         state.positions.add_(skipping)
         state.inputs.masked_fill_(skipping, self.special.bos)
@@ -463,8 +473,7 @@ class _Decoder:
     def _close_up(self) -> None:
         """Move rows that go on into the places of those that have ended, and drop the rest."""
         living = [place for place, row in enumerate(self.rows) if row is not None]
-        step = self.habits.width_step
-        width = min(-(-len(living) // step) * step, len(self.rows))
+        width = min(self.habits.width(len(living)), len(self.rows))
         if width == len(self.rows):
             return
         free = [place for place in range(width) if self.rows[place] is None]
@@ -473,11 +482,12 @@ class _Decoder:
             targets = free[: len(late)]
             device = self.cache.device
             moved = torch.tensor([late, targets], device=device)
-            self.state.move(*moved)
+            self.home.move(*moved)
             self.cache.move(*moved, self.reach)
             for source, target in zip(late, targets, strict=True):
                 self.rows[target] = self.rows[source]
         del self.rows[width:]
+        self.state = self.home.first(width)
 
     def _return_cache(self) -> None:
         """Leave the cache as the caller expects it: with all that was written."""

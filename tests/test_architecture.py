@@ -16,11 +16,12 @@ FLOORS = {
     "data": 2,
     "inferencer": 3,
     "train": 3.5,
+    "benchmarks": 4,
     "eval": 4,
     "examples": 4,
     "scripts": 4,
 }
-PACKAGES = ["modeling", "data", "train", "eval"]
+PACKAGES = ["modeling", "data", "train", "eval", "benchmarks"]
 NOT_CODE = {"results", "checkpoints", "datasets", "models", "wandb", "runs"}
 
 

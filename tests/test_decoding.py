@@ -176,7 +176,10 @@ def widths(monkeypatch):
     ("habits", "expected"),
     [
         (generation.CPU_HABITS, [4, 4, 3, 3, 3, 1, 1, 1, 1]),
-        (generation.Habits(look_every=4, extent_step=8, width_step=2), [4] * 4 + [4] * 4 + [2] * 4),
+        (
+            generation.Habits(look_every=4, extent_step=8, all_widths=False),
+            [4] * 4 + [3] * 4 + [1] * 4,
+        ),
     ],
 )
 def test_rows_that_have_ended_leave_the_batch(widths, monkeypatch, habits, expected):
@@ -192,6 +195,18 @@ def test_rows_that_have_ended_leave_the_batch(widths, monkeypatch, habits, expec
         alone = generate(model, contexts[one], FakeTokenizer(), params, seeds[one], budgets[one])[0]
         assert alone.token_ids == rollouts[row].token_ids
         assert alone.logprobs == pytest.approx(rollouts[row].logprobs, abs=1e-5)
+
+
+def test_numbers_of_rows_that_are_recorded():
+    habits = generation.ACCELERATOR_HABITS
+    rows = [1, 2, 3, 4, 5, 6, 15, 16, 17, 29]
+    assert [habits.width(n) for n in rows] == [1, 2, 3, 4, 6, 6, 16, 16, 20, 32]
+    assert [generation.CPU_HABITS.width(n) for n in rows] == rows
+    assert (habits.extent(256), habits.extent(257), generation.CPU_HABITS.extent(257)) == (
+        256,
+        512,
+        257,
+    )
 
 
 def test_a_callers_cache_stays_in_order():

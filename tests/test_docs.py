@@ -54,6 +54,7 @@ OTHER_MODULES = (
     "eval.run",
     "examples.inference_demo",
     "tests.check_goldens",
+    "train.plan",
 )
 SCRIPTS = ("scripts/quickstart.sh", "scripts/make_mini_base.sh")  # those with flags of their own
 LAUNCHED = {  # launcher -> the module that reads its flags

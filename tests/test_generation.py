@@ -220,7 +220,7 @@ def test_rollouts_do_not_depend_on_batch_mates(restless, temperature):
         assert alone.logprobs == pytest.approx(ours.logprobs, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("habits", [generation.ACCELERATOR_HABITS, generation.Habits(5, 16, 2)])
+@pytest.mark.parametrize("habits", [generation.ACCELERATOR_HABITS, generation.Habits(5, 16, False)])
 def test_what_an_accelerator_is_spared_changes_nothing(restless, rollouts, monkeypatch, habits):
     """Rare looks at ended rows, attention over more slots than are filled, rows that wait."""
     monkeypatch.setattr(generation, "_habits", lambda model: habits)

@@ -80,8 +80,8 @@ def recorded_opsd(config, world) -> dict[str, dict]:
     """Run; what this process sampled, by step and row, and checksums of what it saved, by step."""
     rollouts, sums, save = {}, {}, CheckpointWriter.save
 
-    def spy(model, prompts, processor, params, step, seed):
-        trajectories = sample(model, prompts, processor, params, step, seed)
+    def spy(model, prompts, processor, params, step, seed, workspace):
+        trajectories = sample(model, prompts, processor, params, step, seed, workspace)
         for t in trajectories:
             rollouts[f"{step}/{t.prompt.row}"] = [list(r.token_ids) for r in t.rollout.rounds]
         return trajectories

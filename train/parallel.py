@@ -173,7 +173,10 @@ def wrap(model: Bagel, world: World, trained: bool = True) -> nn.Module:
         return _Root(model)
     if world.num_shard == 1:
         narrow = world.compute_dtype if world.compute_dtype != torch.float32 else None
-        return DDP(_Root(model, narrow), broadcast_buffers=False)
+        root = _Root(model, narrow)
+        if not trained:  # DDP would keep room for gradients
+            return root
+        return DDP(root, broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(
         world.device.type,
         (world.num_replicate, world.num_shard),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 TeacherMode = Literal["self", "ema", "fixed"]
 
@@ -129,6 +130,8 @@ def squared_distance(teacher: nn.Module, student: nn.Module) -> tuple[Tensor, in
 
 def _parameters_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
     named = {}
+    if isinstance(module, DDP):  # a teacher has no use for it
+        module = module.module
     for name, parameter in module.named_parameters():
         for wrapper in WRAPPER_NAMES:
             name = name.replace(wrapper, "")

@@ -1,0 +1,1 @@
+"""Performance suite: counted floors, and measurements against them."""
