@@ -164,13 +164,24 @@ class SDPAPlan(_MaskedPlan):
             self.padding = _Padding(lengths, device)
             mask = not all_full
             self.mask = _padded_mask(samples, max(lengths), device) if mask else None
+            self.parts = _query_parts(samples, max(lengths)) if mask else []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.groups is not None:
             return self.groups.attend(q, k, v)
         q, k, v = (self.padding.pad(x).transpose(1, 2) for x in (q, k, v))
-        out = _sdpa(q, k, v, self.bias(q.dtype)).transpose(1, 2)  # (B, L, H, E)
-        return self.padding.unpad(out)
+        return self.padding.unpad(self._attend(q, k, v).transpose(1, 2))  # of (B, L, H, E)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries by parts, each with the keys up to the last one that any of it sees."""
+        bias = self.bias(q.dtype)
+        if len(self.parts) < 2:
+            return _sdpa(q, k, v, bias)
+        outs = [
+            _sdpa(q[:, :, some], k[:, :, :end], v[:, :, :end], bias[:, :, some, :end])
+            for some, end in self.parts
+        ]
+        return torch.cat(outs, dim=2)
 
     def _rebuilt(self, device: torch.device) -> "SDPAPlan":
         return SDPAPlan(self.samples, device)
@@ -198,6 +209,18 @@ class _Groups:
             rows = (x.view(*tokens.shape, *x.shape[1:]).transpose(1, 2) for x in parts)
             outs.append(_sdpa(*rows, None).transpose(1, 2).flatten(0, 1))
         return torch.cat(outs).index_select(0, self.places)
+
+
+def _query_parts(samples: Samples, longest: int) -> list[tuple[slice, int]]:
+    """Parts of some BLOCK padded queries, and how many keys they need."""
+    limits = [_token_rules(splits)[0] for splits in samples]
+    size = -(-longest // max(1, longest // BLOCK))
+    parts = []
+    for start in range(0, longest, size):
+        some = slice(start, min(start + size, longest))
+        seen = [int(limit[some].max()) for limit in limits if len(limit) > start]
+        parts.append((some, 1 + max(seen)))
+    return parts
 
 
 def _padded_mask(samples: Samples, longest: int, device: torch.device | str) -> Tensor:

@@ -41,7 +41,8 @@ class Shared(NamedTuple):
     rows: Tensor  # (B, 1)
     heads: Tensor  # (1, K)
     slots: Tensor  # (B, 1) where the new keys and values go
-    bias: Tensor  # (B, 1, 1, S) 0 where a key may be seen, else -inf
+    bias: Tensor | None  # (B, 1, 1, S) 0 where a key may be seen, else -inf; None: all may be seen,
+    # and the new keys and values go to the last slot
     eps: Tensor  # () sqrt(D eps)
     head_eps: Tensor  # () sqrt(E eps)
     normed: Tensor  # (B, D) and, for heads, (B, H + K, E): where norms are rounded to, again and
@@ -160,28 +161,34 @@ class DecodeStep:
         return torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])[None]
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, positions: Tensor, lengths: Tensor, extent: int) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        extent: int,
+        ragged: bool = True,
+    ) -> Tensor:
         """Run one token per row; its keys and values are written at `lengths`.
 
         Args:
             tokens, positions, lengths: (B,) of the first B rows of the cache; lengths are the
                 tokens cached so far.
             extent: host-side bound: all of `lengths` are below it.
+            ragged: False where all rows that matter have `extent` - 1 tokens. Nothing is masked
+                then, and every row writes into the last slot.
         """
         B = len(tokens)
         x = F.embedding(tokens, self.decoder.embed_tokens.weight)
         cos, sin = rope_cos_sin(positions, self.head_dim, self.theta)
         directs = (cos[:, None] * self.direct).unbind(0)
         rolleds = (sin[:, None] * self.rolled).unbind(0)
-        hidden = self.key_ids[:extent] > lengths[:, None]
-        bias = torch.zeros(B, extent, dtype=x.dtype, device=x.device).masked_fill_(
-            hidden, -math.inf
-        )
+        bias = self._bias(lengths, extent, x.dtype) if ragged else None
         shared = Shared(
             self.row_ids[:B],
             self.head_ids,
             lengths[:, None],
-            bias[:, None, None],
+            bias,
             *self.eps.unbind(0),
             self.normed[:B],
             self.rotated[:B],
@@ -203,6 +210,11 @@ class DecodeStep:
                 values[i],
             )
         return F.linear(_scaled(x, norms[-1], shared), self.head.weight)
+
+    def _bias(self, lengths: Tensor, extent: int, dtype: torch.dtype) -> Tensor:
+        hidden = self.key_ids[:extent] > lengths[:, None]
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return bias.masked_fill_(hidden, -math.inf)[:, None, None]
 
 
 def _layer(
@@ -228,9 +240,13 @@ def _layer(
     qk = qk / torch.hypot(size, shared.head_eps)
     torch.addcmul(qk * direct, qk.roll(E // 2, -1), rolled, out=shared.rotated)
     q, k = shared.rotated.split([heads - K, K], 1)
-    where = shared.rows, shared.heads, shared.slots
-    keys.index_put_(where, k)
-    values.index_put_(where, v)
+    if shared.bias is None:
+        keys.select(2, -1).copy_(k)
+        values.select(2, -1).copy_(v)
+    else:
+        where = shared.rows, shared.heads, shared.slots
+        keys.index_put_(where, k)
+        values.index_put_(where, v)
     # the queries that share a kv-head are the rows of one product
     out = F.scaled_dot_product_attention(
         q.view(len(x), K, -1, E), keys, values, attn_mask=shared.bias

@@ -300,6 +300,7 @@ class _Decoder:
         self.seeds = seeds if seeds is not None else [None] * B
         self.done: list[Rollout | None] = [None] * B
         self.reach = cache.extent  # bound of the lengths
+        self.ragged = True  # unless all rows that go on have as many tokens
         self.steps = 0
 
     def _home(self, limits: Sequence[int], seeds: Sequence[int] | None) -> _State:
@@ -353,8 +354,7 @@ class _Decoder:
         self.reach += 1
         width, extent = len(self.rows), self._extent(self.reach)
         if self.graphs is not None and self.cache.device.type == "cuda":
-            greedy = self.params.temperature == 0
-            key = width, extent, self.params.temperature, self.special.eos, greedy
+            key = width, extent, self.params.temperature, self.special.eos
             self.graphs.run(key, lambda: self._step(extent))
         else:
             self._step(extent)
@@ -383,7 +383,7 @@ class _Decoder:
         """(B, V) logits of one more token per row, whose keys and values do not count yet."""
         state = self.state
         if self.fused is not None:
-            return self.fused(tokens, state.positions, state.lengths, extent)
+            return self.fused(tokens, state.positions, state.lengths, extent, self.ragged)
         cache = self.cache
         cache.lengths, cache.positions, cache.extent = state.lengths, state.positions, extent - 1
         return self.model(decode_batch(tokens, state.positions), kv_cache=cache, head=text_logits)
@@ -406,6 +406,9 @@ class _Decoder:
         state = self.state
         active, lengths = torch.stack([state.active.long(), state.lengths]).tolist()
         self.reach = max(lengths)
+        living = {n for n, on in zip(lengths, active, strict=True) if on}
+        # a graph is played at any length below its extent: it has to look at the lengths
+        self.ragged = self.habits.extent_step > 1 or living != {self.reach}
         ended = [
             place for place, row in enumerate(self.rows) if row is not None and not active[place]
         ]
@@ -463,6 +466,7 @@ class _Decoder:
         skipping = torch.zeros_like(state.active)
         skipping[places] = True
         self.reach += 1
+        self.ragged = True
         closing = torch.full_like(state.inputs, self.special.eos)
         self._forward(closing, self._extent(self.reach))
         state.lengths.add_(skipping)

@@ -223,6 +223,33 @@ def test_flex_over_several_blocks(seed):
     torch.testing.assert_close(FlexPlan(samples, "cpu")(q, k, v), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sdpa_by_parts_of_the_queries(seed, monkeypatch):
+    """Long samples: a part of the queries is given the keys that it may see, and no more."""
+    samples = long_samples(seed)
+    plan = SDPAPlan(samples, "cpu")
+    q, k, v = heads(samples, 2, 1)
+    out = plan(q, k, v)
+    monkeypatch.setattr(plan, "parts", [])
+    whole = plan(q, k, v)
+    torch.testing.assert_close(out, whole, atol=2e-6, rtol=0)
+    for one, other in zip(
+        *(torch.autograd.grad((x * q.detach()).sum(), (q, k, v)) for x in (out, whole)), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_parts_of_the_queries():
+    causal, picture = (Split(300, "causal"),), (Split(200, "causal"), Split(180, "full"))
+    parts = [(some.start, some.stop, keys) for some, keys in SDPAPlan([causal], "cpu").parts]
+    assert parts == [(0, 150, 150), (150, 300, 300)]
+    parts = [
+        (some.start, some.stop, keys) for some, keys in SDPAPlan([causal, picture], "cpu").parts
+    ]
+    assert parts == [(0, 190, 190), (190, 380, 380)]
+    assert len(SDPAPlan([(Split(250, "causal"),)], "cpu").parts) == 1
+
+
 def test_pictures_of_several_sizes_take_no_mask():
     samples = [
         (Split(n, mode),) for n, mode in ((3, "full"), (5, "noise"), (3, "full"), (0, "full"))

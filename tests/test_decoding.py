@@ -35,6 +35,36 @@ def test_equals_the_forward_of_the_model(dtype, tolerance):
     torch.testing.assert_close(other.values, cache.values, atol=tolerance, rtol=0)
 
 
+def test_rows_of_one_length_need_no_mask():
+    model = tiny_bagel()
+    contexts = [[Text(tuple(range(20 + row, 29 + row)))] for row in range(3)]
+    cache, other = (open_cache(model, contexts, TOKENS, room=3) for _ in range(2))
+    logits = []
+    for one, ragged in ((cache, True), (other, False)):
+        step = DecodeStep(model, Store(one.keys, one.values))
+        logits.append(step(TOKEN_IDS, one.positions, one.lengths, one.extent + 1, ragged))
+    torch.testing.assert_close(*logits, atol=1e-6, rtol=0)
+    assert torch.equal(cache.keys, other.keys) and torch.equal(cache.values, other.values)
+
+
+@pytest.mark.parametrize("habits", [generation.CPU_HABITS, generation.ACCELERATOR_HABITS])
+def test_steps_that_know_that_rows_are_of_one_length(monkeypatch, habits):
+    """On the CPU alone: a recorded step is played at other lengths again."""
+    seen, call = [], DecodeStep.__call__
+
+    def noted(self, tokens, positions, lengths, extent, ragged):
+        seen.append(ragged)
+        return call(self, tokens, positions, lengths, extent, ragged)
+
+    monkeypatch.setattr(DecodeStep, "__call__", noted)
+    monkeypatch.setattr(generation, "_habits", lambda model: habits)
+    contexts = [[Text((20, 21))], [Text((20, 21))], [Text((20, 21, 22))]]
+    params = SamplingParams(6, 0.0, max_image_skips=0)
+    generate(tiny_bagel(), contexts, FakeTokenizer(), params, budgets=[6, 6, 3])
+    assert seen[:4] == [True] * 4  # in the fourth step, the row that has ended is still seen
+    assert seen[4:] == [habits.extent_step > 1] * (len(seen) - 4) and len(seen) > 5
+
+
 def test_a_layer_is_one_graph_for_the_compiler(monkeypatch):
     """As on CUDA, without its code generation: no break, and its writes into the cache are kept."""
     compiled = torch.compile(decoding._layer, backend="aot_eager", fullgraph=True)

@@ -73,11 +73,11 @@ def test_what_a_shard_keeps():
 
 
 def test_what_ddp_keeps():
-    """Everything, buckets of gradients also for the teacher, and autocast copies."""
+    """Everything, buckets of gradients included, and autocast copies."""
     replicated = changed(EIGHT, num_shard=1)
     assert replicated.strategy == "ddp"
     rest = counted.kv_cache(EIGHT) + 3 * TABLE
-    assert total(static_memory(replicated)) == (4 + 4 + 4 + 4 + 8 + 2) * P + rest
+    assert total(static_memory(replicated)) == (4 + 4 + 4 + 8 + 2) * P + rest
     assert total(memory(replicated)["optimizer"]) == total(static_memory(replicated))
     assert memory(replicated)["student"]["autocast copies"] == 2 * P
 
