@@ -116,7 +116,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timed pairs of each comparison")
     parser.add_argument("--threads", type=int, help="of torch, on the CPU; default: its own")
     parser.add_argument("--output", type=Path, help="write records as json")
-    parser.add_argument("--markdown", type=Path, help="write the table as Markdown")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        help="write the table as Markdown; where the file has <!-- SUITE --> and <!-- /SUITE -->, "
+        "between these",
+    )
     group = parser.add_argument_group("suite gpu")
     group.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     group.add_argument("--scale", choices=sorted(full_size.SCALES), default="full")
@@ -155,11 +160,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         gates += some if bounded else [dataclasses.replace(g, must=None) for g in some]
         records = [record(gate) for gate in gates]
         _write(arguments.output, json.dumps({**found, "gates": records}, indent=2) + "\n")
-        _write(arguments.markdown, markdown(gates, found))
+    if arguments.markdown:
+        _write(arguments.markdown, placed(markdown(gates, found), arguments))
     print(table(gates))
     missed = [gate for gate in gates if not gate.passes]
     print(f"{len(gates) - len(missed)} of {len(gates)} gates reach what they must")
     return 1 if missed else 0
+
+
+def placed(text: str, arguments: argparse.Namespace) -> str:
+    """The file that is to hold the table: it may have a place for it."""
+    file, suite = arguments.markdown, arguments.suite
+    around = file.read_text() if file.exists() else ""
+    before, begin, rest = around.partition(f"<!-- {suite} -->\n")
+    _, end, after = rest.partition(f"<!-- /{suite} -->\n")
+    return before + begin + text + end + after if begin and end else text
 
 
 def _write(file: Path | None, text: str) -> None:

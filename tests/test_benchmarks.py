@@ -2,6 +2,7 @@
 measure, and the gates that count rather than time reach what they must.
 """
 
+import argparse
 import copy
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import inspect
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -392,3 +394,26 @@ def test_the_gpu_suite_without_a_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run.main(["--suite", "gpu"])
     assert "torch sees no GPU: --device cpu --scale tiny" in capsys.readouterr().err
+
+
+def test_the_table_goes_where_the_page_has_a_place_for_it(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n<!-- cpu -->\nold\n<!-- /cpu -->\nend\n")
+    arguments = argparse.Namespace(markdown=page, suite="cpu")
+    assert run.placed("new\n", arguments) == page.read_text().replace("old", "new")
+    arguments.suite = "gpu"
+    assert run.placed("new\n", arguments) == "new\n"
+
+
+def test_the_page_shows_the_latest_record():
+    """benchmarks/README.md has the table of the newest result file of the CPU suite."""
+    found = [json.loads(file.read_text()) for file in Path("benchmarks/results").glob("cpu*.json")]
+    latest = max(found, key=lambda one: one["created"])
+    fields = [field.name for field in dataclasses.fields(Gate)]
+    gates = []
+    for record in latest["gates"]:
+        checks = tuple(Check(**check) for check in record["checks"])
+        gates.append(Gate(**{name: record[name] for name in fields} | {"checks": checks}))
+        assert (gates[-1].passes, gates[-1].stretches) == (record["passes"], record["stretches"])
+    assert run.markdown(gates, latest) in Path("benchmarks/README.md").read_text()
+    assert {gate.id for gate in gates} == set(cpu.GATES)
