@@ -39,6 +39,7 @@ from modeling.generation import (
     IMAGE_REQUEST,
     Rollout,
     SamplingParams,
+    Workspace,
     decoding_room,
     extend,
     generate,
@@ -158,6 +159,7 @@ class InterleaveInferencer:
     ) -> None:
         vit_transform = vit_transform or ImageTransform()
         self.model, self.vae_model = model, vae_model
+        self._workspace = Workspace()
         self.processor = Processor(tokenizer, vit_transform, prompts, vae_transform)
         if new_token_ids is not None and new_token_ids != token_ids(tokenizer.special):
             raise ValueError(
@@ -255,7 +257,9 @@ class InterleaveInferencer:
     ) -> list[Completion]:
         """One completion per context, whatever the contexts hold."""
         tokenizer = self.processor.tokenizer
-        rollouts = generate(self.model, contexts, tokenizer, params, seeds)
+        rollouts = generate(
+            self.model, contexts, tokenizer, params, seeds, workspace=self._workspace
+        )
         texts = [tokenizer.decode(rollout.token_ids) for rollout in rollouts]
         return [
             Completion(text, extract_answer(text), rollout)

@@ -1,4 +1,4 @@
-"""Counted cost and floors of one OPSD sample at 7B, per stage, for the cases of the map.
+"""Counted cost and floors of one OPSD sample at 7B, per stage: small, middle, large.
 
     python -m benchmarks.cost [--machines H200 H800]
 

@@ -1,6 +1,7 @@
 """G10 to G13: the whole step of full-parameter OPSD in one process."""
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ from train.teacher import EMATeacher
 class WholeStep:
     """One optimizer step of full-parameter OPSD in one process, of the product's own functions.
 
-    On a GPU with moments in host memory, as `train.plan` says for one of 141 GB.
+    As `train.plan` says for a GPU of 141 GB: moments in host memory, decoder layers recomputed.
     """
 
     def __init__(self, scale: Scale, settings: Settings, samples: int) -> None:
@@ -48,6 +49,7 @@ class WholeStep:
         self.device, self.distill = settings.device, DistillArguments()
         self.world = World(0, 1, 1, settings.device, settings.dtype)
         model = build(scale.config, settings.device, torch.float32, whole=False)
+        model.set_activation_checkpointing(True)
         average = copy.deepcopy(model)
         self.student = wrap(model, self.world)
         self.teacher = EMATeacher(wrap(average, self.world, trained=False))
@@ -110,19 +112,22 @@ def step_part(settings: Settings) -> list[Gate]:
     seconds, stages = sum(ours.seconds.values()), dict(ours.seconds)
     budgets, trained = ours.budgets, sum(p.numel() for p in ours.student.parameters())
     del ours, trajectories
+    gc.collect()  # hooks make cycles
     if settings.device.type == "cuda":
         torch.cuda.empty_cache()
     baseline = _plain_step(scale, settings, budgets)
     floor = _step_floor(scale, budgets)
     update_floor = (cost.adamw(trained) + cost.ema(trained)).seconds(MACHINE)
+    updating = _update_seconds(scale, settings, trained)
     return [
         at_least(
             "G10",
-            "optimizer and average, share of the floor with moments on the device",
-            percent(update_floor, stages["update"]),
+            "AdamW, weights and average from masters, share of the floor, moments on the device",
+            percent(update_floor, updating),
             "%",
             70,
             85,
+            detail={"seconds": updating, "seconds_from_host": stages["update"]},
         ),
         at_least(
             "G11",
@@ -148,6 +153,28 @@ def step_part(settings: Settings) -> list[Gate]:
             "G13", "peak memory of the step", (peak.level + peak.peak) / 2**30, "GiB", 139, 120
         ),
     ]
+
+
+def _update_seconds(scale: Scale, settings: Settings, trained: int) -> float:
+    """Of AdamW, the cast to the compute weights and the average, for `trained` parameters: from
+    those of one decoder layer.
+    """
+    model = build(scale.config, settings.device, torch.float32, whole=False)
+    layer = model.language_model.model.layers[0]
+    del model
+    masters = MasterWeights(layer, settings.dtype)
+    average = EMATeacher(copy.deepcopy(layer))
+    optimizer = build_optimizer(masters.parameters(), lr=1e-5)
+    for parameter in masters.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+
+    def update() -> None:
+        optimizer.step()
+        masters.publish()
+        average.update(masters.module)
+
+    part = sum(parameter.numel() for parameter in layer.parameters())
+    return median_seconds(update, settings) * trained / part
 
 
 def _plain_step(scale: Scale, settings: Settings, budgets: Sequence[int]) -> dict[str, float]:

@@ -347,8 +347,8 @@ def padded_attention(samples: Samples, length: int, device: torch.device) -> Att
 
 def additive_mask(splits: Sequence, device: torch.device) -> Tensor:
     """Dense (L, L) float32 mask of one sample: 0 where a query may look, -inf elsewhere."""
-    visible = split_mask(splits)
-    return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf).to(device)
+    visible = split_mask(splits, device)
+    return torch.zeros(visible.shape, device=device).masked_fill_(~visible, -torch.inf)
 
 
 def hidden_rows(model: Bagel, batch: PackedBatch, padded: int = 0) -> Tensor:
@@ -359,9 +359,10 @@ def hidden_rows(model: Bagel, batch: PackedBatch, padded: int = 0) -> Tensor:
     """
     decoder, config = model.language_model.model, model.config.llm
     x = model.embed(batch)
-    attend = dense_attention(batch.samples, x.device)
     if padded:
         attend = padded_attention(batch.samples, padded, x.device)
+    else:
+        attend = dense_attention(batch.samples, x.device)
     rope = rotary_tables(batch.position_ids, x, config.head_dim, config.rope_theta)
     everyone = torch.arange(len(batch), device=x.device)
     experts = everyone, everyone[:0]

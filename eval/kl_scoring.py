@@ -3,7 +3,7 @@ its controls.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data.contexts import (
     VisualThoughts,
@@ -15,7 +15,7 @@ from data.example import Example
 from data.processor import Processor
 from data.streams import stream_seed
 from modeling.bagel import Bagel
-from modeling.generation import SamplingParams, generate
+from modeling.generation import SamplingParams, Workspace, generate
 from modeling.sequence import Segment
 from train.kgen import Rows, TokenIds, TokenKL, completion_rows, token_kls
 
@@ -38,6 +38,7 @@ class Scorer:
     processor: Processor
     seed: int
     include_end_row: bool = False
+    workspace: Workspace = field(default_factory=Workspace, repr=False)
 
     def completions(
         self, examples: Sequence[Example], source: str, max_new_tokens: int
@@ -48,7 +49,8 @@ class Scorer:
         contexts = [student_context(example, self.processor) for example in examples]
         params = SamplingParams(max_new_tokens, temperature=1.0, max_image_skips=0)
         seeds = [stream_seed(self.seed, "rollout", example.key) for example in examples]
-        rollouts = generate(self.base, contexts, self.processor.tokenizer, params, seeds)
+        tokenizer, workspace = self.processor.tokenizer, self.workspace
+        rollouts = generate(self.base, contexts, tokenizer, params, seeds, workspace=workspace)
         return [rollout.token_ids for rollout in rollouts]
 
     def before(

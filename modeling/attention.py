@@ -81,10 +81,10 @@ def _all_full(samples: Samples) -> bool:
     return all(len(splits) == 1 and splits[0].mode != "causal" for splits in samples)
 
 
-def split_mask(splits: Sequence[Split]) -> Tensor:
+def split_mask(splits: Sequence[Split], device: torch.device | str = "cpu") -> Tensor:
     """Dense (L, L) bool mask of one sample, True = may attend: the definition of all plans."""
-    limit, block, noise = _token_rules(splits)
-    keys = torch.arange(len(limit))
+    limit, block, noise = (rule.to(device) for rule in _token_rules(splits))
+    keys = torch.arange(len(limit), device=device)
     visible = keys[None, :] <= limit[:, None]
     return visible & (~noise[None, :] | (block[:, None] == block[None, :]))
 
@@ -267,8 +267,12 @@ class FlexPlan(Plan):
 
 @functools.cache
 def _flex_kernel(device_type: str) -> Callable[..., Tensor]:
-    # compiled on CUDA only: the eager kernel is the reference, and all that CPU tests need
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    # Compiled on CUDA only: the eager kernel is the reference, and all that CPU tests need. Lengths
+    # differ from batch to batch: one kernel for all. Rather an error than the eager kernel, which
+    # makes all scores, should there be more kinds of batches than torch compiles.
+    if device_type != "cuda":
+        return flex_attention
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

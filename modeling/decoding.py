@@ -49,15 +49,16 @@ class Shared(NamedTuple):
     rotated: Tensor  # again
 
 
-PLAIN = (MoTDecoderLayer, Attention, SwiGLU, RMSNorm, nn.Linear)
+PLAIN = (MoTDecoderLayer, Attention, SwiGLU, RMSNorm, nn.Linear, nn.Embedding)
 
 
 def can_fuse(model: Bagel) -> bool:
     """Whether a step of the decoder is what this file takes it for: all on one device, no module
     replaced (by an adapter, say), and none that somebody watches or has patched.
     """
-    decoder = model.language_model.model
-    return not decoder.layer_devices and all(map(_is_plain, decoder.layers.modules()))
+    decoder, head = model.language_model.model, model.language_model.lm_head
+    parts = [*decoder.layers.modules(), decoder.embed_tokens, decoder.norm, head]
+    return not decoder.layer_devices and all(map(_is_plain, parts))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -98,6 +99,12 @@ def _joined(parts: list[nn.Parameter]) -> Tensor:
     return whole
 
 
+def _addresses(model: Bagel) -> list[int]:
+    """Where the weights that write text are."""
+    decoder, head = model.language_model.model, model.language_model.lm_head
+    return [parameter.data_ptr() for parameter in (*decoder.parameters(), head.weight)]
+
+
 class DecodeStep:
     """`step(tokens, positions, lengths, extent)` -> (B, V) logits, over the memory it was made for.
 
@@ -112,6 +119,7 @@ class DecodeStep:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.keys, self.values = store.keys, store.values
         self.layers = fuse(model)
+        self.addresses = _addresses(model)
         device = store.keys.device
         widths = torch.tensor([config.hidden_size, self.head_dim], device=device)
         self.eps = (widths * config.rms_norm_eps).sqrt()
@@ -131,10 +139,7 @@ class DecodeStep:
 
     def serves(self, model: Bagel) -> bool:
         """Whether the weights of `model` are still those that this step reads."""
-        first = model.language_model.model.layers[0].self_attn.q_proj.weight
-        return self.head is model.language_model.lm_head and (
-            first.data_ptr() == self.layers[0].qkv.data_ptr()
-        )
+        return self.decoder is model.language_model.model and self.addresses == _addresses(model)
 
     @torch.no_grad()
     def refresh(self) -> None:

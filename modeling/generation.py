@@ -81,6 +81,7 @@ class Habits:
     look_every: int  # steps between two looks of the host at which rows have ended
     extent_step: int  # attention covers key slots up to a multiple of this
     all_widths: bool  # whether any number of rows may be left, or some numbers only
+    records: bool = False  # whether steps are recorded as graphs
 
     def extent(self, slots: int) -> int:
         return -(-slots // self.extent_step) * self.extent_step
@@ -92,13 +93,14 @@ class Habits:
 
 
 # A look costs nothing on the CPU. On an accelerator it waits for the device, and each pair of
-# extent and width is a graph to be recorded.
+# extent and width is a graph to be recorded, or a shape to be compiled for.
 CPU_HABITS = Habits(look_every=1, extent_step=1, all_widths=True)
 ACCELERATOR_HABITS = Habits(look_every=16, extent_step=256, all_widths=False)
+CUDA_HABITS = dataclasses.replace(ACCELERATOR_HABITS, records=True)
 
 
 def _habits(model: Bagel) -> Habits:
-    return CPU_HABITS if model.device.type == "cpu" else ACCELERATOR_HABITS
+    return {"cpu": CPU_HABITS, "cuda": CUDA_HABITS}.get(model.device.type, ACCELERATOR_HABITS)
 
 
 class Workspace:
@@ -118,9 +120,8 @@ class Workspace:
     def cache(self, model: Bagel, rows: int, capacity: int) -> KVCache:
         """A cache over this memory, empty."""
         config, dtype, device = model.config.llm, model.dtype, model.device
-        store = self.store
-        fits = store is not None and store.keys.dtype == dtype and store.keys.device == device
-        if not (fits and store.fits(rows, capacity)):
+        if self.store is None or not self.store.fits(config, rows, capacity, dtype, device):
+            self._start(None)  # what there was is given back first
             cache = KVCache(config, rows, _habits(model).extent(capacity), dtype, device)
             self._start(Store(cache.keys, cache.values))
         return KVCache(config, rows, capacity, dtype, device, self.store)
@@ -151,7 +152,8 @@ def generate(
     Args:
         contexts: per row its segments.
         seeds: per row the seed of its own random stream (required unless greedy): a row's
-            completion does not depend on the rows it shares a batch with.
+            completion does not depend on the rows it shares a batch with (but for rounding: of
+            narrow dtypes that may now and then decide a token).
         budgets: per row a cap below `params.max_new_tokens`.
         workspace: memory to use again, of earlier calls for this model.
     """
@@ -285,7 +287,6 @@ class _Decoder:
         self.params, self.special = params, tokenizer.special
         self.habits = _habits(model)
         self.workspace = workspace
-        self.graphs = workspace.graphs if workspace else None
         self.fused = None
         if workspace:
             self.fused = workspace.decoder(model, cache)
@@ -311,7 +312,6 @@ class _Decoder:
             state = _State.zeros(B, self.most, device)
             if self.workspace:
                 self.workspace.state, self.workspace.graphs = state, Graphs()
-                self.graphs = self.workspace.graphs
         rows = state.first(B)
         rows.inputs.fill_(self.special.bos)
         rows.lengths.copy_(self.cache.lengths)
@@ -353,9 +353,9 @@ class _Decoder:
         """One step of all rows that are left, from a graph where one is to be had."""
         self.reach += 1
         width, extent = len(self.rows), self._extent(self.reach)
-        if self.graphs is not None and self.cache.device.type == "cuda":
+        if self.workspace is not None and self.habits.records:
             key = width, extent, self.params.temperature, self.special.eos
-            self.graphs.run(key, lambda: self._step(extent))
+            self.workspace.graphs.run(key, lambda: self._step(extent))
         else:
             self._step(extent)
 

@@ -21,9 +21,20 @@ class Store:
     keys: Tensor  # (layers, B, K, capacity, E), after norm and rotation
     values: Tensor  # (layers, B, K, capacity, E)
 
-    def fits(self, rows: int, capacity: int) -> bool:
-        """Whether so many rows of so many slots have room here."""
-        return self.keys.shape[1] >= rows and self.keys.shape[3] >= capacity
+    def fits(
+        self,
+        config: LLMConfig,
+        rows: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> bool:
+        """Whether so many rows of so many slots of such a model have room here."""
+        layers, here, kv_heads, slots, head_dim = self.keys.shape
+        wanted = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        alike = (layers, kv_heads, head_dim) == wanted
+        alike = alike and (self.keys.dtype, self.keys.device) == (dtype, device)
+        return alike and here >= rows and slots >= capacity
 
 
 class KVCache:

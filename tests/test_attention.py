@@ -296,7 +296,12 @@ def test_first_tokens_of_a_cache_see_each_other_only():
 def test_a_cache_over_given_memory():
     large = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 1), 4, 8)
     store = Store(large.keys, large.values)
-    assert store.fits(4, 8) and not store.fits(5, 8) and not store.fits(4, 9)
+    like = (LLMConfig(16, 2 * E, 8, 1, 2, 1), 4, 8, torch.float32, torch.device("cpu"))
+    assert store.fits(*like)
+    for place, other in enumerate(
+        (LLMConfig(16, 2 * E, 8, 2, 2, 1), 5, 9, torch.bfloat16, torch.device("meta"))
+    ):
+        assert not store.fits(*like[:place], other, *like[place + 1 :])
     cache = KVCache(LLMConfig(16, 2 * E, 8, 1, 2, 1), 2, 5, store=store)
     assert len(cache) == 2 and cache.capacity == 8
     cache.append(

@@ -1,4 +1,4 @@
-"""The counted cost model: against the modules, torch's own FLOP counter, the performance map, and
+"""The counted cost model: against the modules, torch's own FLOP counter, a table made by hand, and
 the collectives that processes really run.
 """
 
@@ -120,7 +120,7 @@ def test_recomputation_spares_the_last_product_of_a_layer():
     assert ours.recomputed(early_stop=False) - ours.recomputed() == ours.last
 
 
-# ---- the performance map ----------------------------------------------------------------------
+# ---- a table made by hand ---------------------------------------------------------------------
 
 MAP = {  # stage: TF of S, M, L; then ms on H200 and on H800
     "ViT, student image": ((1.3, 2.8, 6.9), (1.6, 3.6, 8.8), (1.9, 4.3, 10.5)),
@@ -138,7 +138,7 @@ MAP = {  # stage: TF of S, M, L; then ms on H200 and on H800
 
 @pytest.mark.parametrize("stage", MAP)
 def test_the_map_is_reproduced(stage):
-    """Within 2 % beyond rounding: recomputation in the map includes the encoder, which this
+    """Within 2 % beyond rounding: recomputation there includes the encoder, which this
     project does not checkpoint.
     """
     flops, *times = MAP[stage]

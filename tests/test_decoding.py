@@ -1,16 +1,29 @@
 """The fused decoding step against the model's own forward, and the memory it lives in."""
 
+import dataclasses
+import random
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling import decoding, generation
-from modeling.bagel import text_logits
+from modeling.bagel import Bagel, text_logits
 from modeling.decoding import DecodeStep, Graphs, can_fuse, fuse
 from modeling.generation import SamplingParams, Workspace, generate, open_cache
 from modeling.kv_cache import Store
 from modeling.sequence import Text, decode_batch
-from tests.tiny_model import TINY_CONFIG, TOKENS, FakeTokenizer, random_image, tiny_bagel
+from tests.tiny_model import (
+    TINY_CONFIG,
+    TOKENS,
+    FakeTokenizer,
+    random_image,
+    randomise_,
+    tiny_bagel,
+)
 
 CONTEXTS = [[Text((20, 21, 22))], [random_image(2, 3), Text((30,) * 9)], [Text(())]]
 TOKEN_IDS = torch.tensor([30, 40, 50])
@@ -141,6 +154,10 @@ def test_a_workspace_grows_and_is_used_again():
     other = tiny_bagel(seed=1)
     expected = generate(other, CONTEXTS, FakeTokenizer(), params)
     assert generate(other, CONTEXTS, FakeTokenizer(), params, workspace=workspace) == expected
+    deeper = dataclasses.replace(TINY_CONFIG.llm, num_hidden_layers=3)
+    deeper = randomise_(Bagel(dataclasses.replace(TINY_CONFIG, llm=deeper))).eval()
+    expected = generate(deeper, CONTEXTS, FakeTokenizer(), params)
+    assert generate(deeper, CONTEXTS, FakeTokenizer(), params, workspace=workspace) == expected
     narrow = tiny_bagel().to(torch.bfloat16)
     expected = generate(narrow, CONTEXTS, FakeTokenizer(), params)
     assert generate(narrow, CONTEXTS, FakeTokenizer(), params, workspace=workspace) == expected
@@ -170,7 +187,17 @@ def patch(model):
     mlp.forward = lambda x: 1.5 * plain(x)
 
 
-@pytest.mark.parametrize("change", [adapt, watch, patch])
+def watch_end(model):
+    model.language_model.model.norm.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def another_head(model):
+    old = model.language_model.lm_head
+    model.language_model.lm_head = Doubled(old.in_features, old.out_features, bias=False)
+    model.language_model.lm_head.load_state_dict({"weight": -old.weight})
+
+
+@pytest.mark.parametrize("change", [adapt, watch, patch, watch_end, another_head])
 def test_modules_that_are_not_as_expected_are_called(change):
     model, tokenizer = tiny_bagel(), FakeTokenizer()
     assert can_fuse(model)
@@ -255,38 +282,108 @@ def test_a_callers_cache_stays_in_order():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-class FakeGraph:
-    """Stands in for a CUDA graph: what it was recorded from is called when it is played."""
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph holds: operators with the very tensors that they were given and gave."""
 
-    recording: list = []
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
 
     def replay(self):
-        self.step()
+        for function, args, kwargs, out in self.calls:
+            again = function(*args, **kwargs)
+            if not function._schema.is_mutable:
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
 
-def test_graphs_are_recorded_at_the_second_step_of_a_key(monkeypatch):
-    """The first one runs as it stands, to be compiled; recording itself computes nothing."""
-    log, graphs = [], Graphs()
+class FakeGraph:
+    """In the place of a CUDA graph. Recording computes here, so the first replay does nothing."""
 
-    class Recording:
-        def __init__(self, graph, pool, capture_error_mode):
-            log.append(("record", pool))
-            self.graph = graph
+    def replay(self):
+        if self.recorder is None:
+            return
+        if self.fresh:
+            self.fresh = False
+        else:
+            self.recorder.replay()
 
-        def __enter__(self):
-            self.length = len(log)
 
-        def __exit__(self, *error):
-            taken = log[self.length :]
-            del log[self.length :]
-            self.graph.replay = lambda: log.extend(taken)
+@contextmanager
+def recording(graph, pool, capture_error_mode):
+    assert pool == "pool" and capture_error_mode == "thread_local"
+    graph.recorder, graph.fresh = Recorder(), True
+    with graph.recorder:
+        yield
 
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    for key in ("a", "a", "b", "a", "b"):
-        graphs.run(key, lambda key=key: log.append(key))
-    assert log == ["a", ("record", "pool"), "a", "b", "a", ("record", "pool"), "b"]
+    habits = generation.Habits(3, 16, False, records=True)
+    monkeypatch.setattr(generation, "_habits", lambda model: habits)
+
+
+def test_graphs_are_recorded_at_the_second_step_of_a_key(graphs_on_the_cpu):
+    """The first one runs as it stands, to be compiled; from the third on a graph is played."""
+    graphs, total, calls = Graphs(), torch.zeros(()), []
+
+    def step(key):
+        calls.append(key)
+        total.add_({"a": 1, "b": 10}[key])
+
+    for key in ("a", "a", "b", "a", "b", "b"):
+        graphs.run(key, lambda key=key: step(key))
+    assert calls == ["a", "a", "b", "b"] and total == 3 + 30
+
+
+def test_played_steps_are_those_that_are_run(graphs_on_the_cpu):
+    """Nothing that changes between two calls is part of what was recorded: rows and their number,
+    budgets, temperature, closing up, weights.
+    """
+    model, workspace, draw = tiny_bagel(), Workspace(), random.Random(0)
+    everyone = [CONTEXTS[i % 3] for i in range(9)]
+    for call in range(8):
+        rows = draw.sample(range(9), draw.choice([9, 9, 5, 2, 1]))
+        params = SamplingParams(draw.choice([8, 12]), draw.choice([1.0, 0.0]), call % 2)
+        budgets, seeds = [3 + (row * call) % 10 for row in rows], [100 * call + r for r in rows]
+        given = [everyone[row] for row in rows], FakeTokenizer(), params, seeds, budgets
+        expected = generate(model, *given)
+        for one, other in zip(generate(model, *given, workspace), expected, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.02)
+    played = [graph for graph in workspace.graphs.recorded.values() if graph is not None]
+    assert len(played) > 5 and any(not graph.fresh for graph in played)
+
+
+@pytest.mark.parametrize("change", ["moved", "another", "one weight"])
+def test_graphs_of_other_weights_are_not_played(graphs_on_the_cpu, change):
+    model, workspace, params = tiny_bagel(), Workspace(), SamplingParams(12, 0.0, 0)
+    for _ in range(2):
+        before = generate(model, CONTEXTS, FakeTokenizer(), params, workspace=workspace)
+    if change == "another":
+        model = tiny_bagel(seed=1)
+    elif change == "moved":
+        model.to(torch.float64).to(torch.float32)
+        model.language_model.model.layers[1].mlp.down_proj.weight.data.mul_(-3)
+    else:
+        projection = model.language_model.model.layers[1].self_attn.o_proj
+        projection.weight.data = projection.weight.data * -3
+    expected = generate(model, CONTEXTS, FakeTokenizer(), params)
+    after = generate(model, CONTEXTS, FakeTokenizer(), params, workspace=workspace)
+    assert [r.token_ids for r in after] == [r.token_ids for r in expected]
+    assert [r.token_ids for r in after] != [r.token_ids for r in before]
 
 
 @pytest.mark.gpu

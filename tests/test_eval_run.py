@@ -86,7 +86,7 @@ def test_a_model_that_knows_the_answers_scores_them(
         [first] = examples(world, task, rows=1)
         gold[tuple(tokenizer.encode(first.question))] = (task, first.answer)
 
-    def knowing(model, contexts, tokenizer, params, seeds):
+    def knowing(model, contexts, tokenizer, params, seeds, workspace):
         rollouts = []
         for segments in contexts:
             task, answer = gold[segments[-1].token_ids]

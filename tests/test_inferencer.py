@@ -103,7 +103,7 @@ def test_answer_is_what_stands_in_the_tags(inferencer, monkeypatch: pytest.Monke
     ids = tokenizer.encode(text)
     written = iter([ids, ids[:-2]])  # the second one is cut off
 
-    def scripted(model, contexts, tokenizer, params, seeds):
+    def scripted(model, contexts, tokenizer, params, seeds, workspace):
         rollouts = generate(model, contexts, tokenizer, SamplingParams(1, 0.0))
         [first] = rollouts[0].rounds[:1]
         rounds = (type(first)(tuple(next(written)), "eos", ()),)

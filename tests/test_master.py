@@ -396,3 +396,8 @@ def test_a_run_in_bfloat16_keeps_what_it_should(tmp_path):
     model, ema = weights_of(tmp_path, 3), weights_of(tmp_path, 3, "ema")
     assert largest_difference(model, ema) > 0
     assert any(not torch.equal(value, value.bfloat16().float()) for value in model.values())
+
+
+def test_a_copy_of_masters_is_refused():
+    with pytest.raises(TypeError, match="wrap a copy of the module"):
+        copy.deepcopy(MasterWeights(nn.Linear(2, 2), torch.bfloat16))

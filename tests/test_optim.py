@@ -271,3 +271,20 @@ def test_sharded_moments_stay_on_the_device(tmp_path, monkeypatch):
     config = opsd_config(tmp_path, adam_moments="host")
     with pytest.raises(UsageError, match="--adam_moments host: a run that shards its weights"):
         open_optimizer(nn.Linear(2, 2), config)
+
+
+def test_host_moments_of_a_rank_without_a_share():
+    """A parameter of no elements, as sharding leaves some, has no moments to load."""
+
+    def made() -> HostAdamW:
+        parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))]
+        return HostAdamW(parameters, lr=0.1, fused=None, foreach=None)
+
+    first, second = made(), made()
+    for parameter in first.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    one, other = (optimizer.param_groups[0]["params"][0] for optimizer in (first, second))
+    assert torch.equal(first.state[one]["exp_avg"], second.state[other]["exp_avg"])
+    assert int(second.state[other]["step"]) == 1

@@ -2,7 +2,7 @@
 
 Pure arithmetic on a BagelConfig and on attention splits; nothing is allocated or run. A `Work` and
 a `Machine` give a floor in seconds; `train.plan` divides it by the share that is reached in
-practice. Stages count every token through every layer, as the performance map does: skipping what
+practice. Stages count every token through every layer, as hand counts do: skipping what
 nobody reads of the last layer (`wanted`) saves up to 3.5 % of that.
 
 Conventions. A multiply-add is 2 FLOPs. Matrix products are exact. Attention is counted from the
@@ -73,7 +73,7 @@ class Machine:
         return cls(name, memory, *reached)
 
 
-# The first two as the performance map of this project has them.
+# Of the first two, what a plain large product and a copy were seen to reach.
 MACHINES = {
     machine.name: machine
     for machine in (
@@ -230,7 +230,7 @@ class Case:
         return dataclasses.replace(self, completion=round(tokens))
 
 
-CASES = {  # the three samples of the performance map
+CASES = {  # a small, a middle and a large sample
     "S": Case(image=1296, vt=1296, completion=256),
     "M": Case(image=2500, vt=2500),
     "L": Case(image=4900, vt=4900),

@@ -64,6 +64,9 @@ class MasterWeights(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.compute(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MasterWeights":
+        raise TypeError("a copy would lose what hands gradients over: wrap a copy of the module")
+
     @torch.no_grad()
     def publish(self) -> None:
         """Round what was updated into the compute weights, in place. Nothing is read back."""

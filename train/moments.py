@@ -124,6 +124,8 @@ class HostAdamW(AdamW):
         (group,), (saved,) = self.param_groups, state_dict["param_groups"]
         group.update({name: value for name, value in saved.items() if name != "params"})
         for p, key in zip(group["params"], saved["params"], strict=True):
+            if not p.numel():
+                continue  # nothing is kept for it
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[p][name].copy_(value)
 

@@ -202,7 +202,7 @@ class Validation:
         decoded, kls = [], []
         for probes in _chunks(self.probes, self.config.run.global_batch // self.world.size):
             contexts = [student_context(p.example, self.processor) for p in probes]
-            decoded += generate(model, contexts, tokenizer, params)
+            decoded += generate(model, contexts, tokenizer, params, workspace=self.actor.workspace)
         self.head.to(self.world.device)
         for probes in _chunks(self.probes, self.config.run.micro_batch):
             kls += self._kls(probes)
