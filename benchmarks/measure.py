@@ -147,7 +147,11 @@ def peak_in_process(target: str, timeout: float = 120, **arguments: Any) -> Peak
             whose result must go through json.
     """
     command = [sys.executable, "-m", "benchmarks.measure", target, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    # a fixed threshold: what is freed goes back at once, and the peak is that of live tensors
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
