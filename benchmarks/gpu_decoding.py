@@ -72,7 +72,7 @@ class Decoding:
         tokens = torch.arange(16, 16 + self.rows, device=device)
         with torch.no_grad():
             expected = self.model(decode_batch(tokens, cache.positions), cache, text_logits)
-            step = self.workspace.decoder(self.model, cache)
+            step = self.workspace.decoder(self.model)
             logits = step(tokens, cache.positions, cache.lengths, self.context + 1)
         apart = (expected.float().log_softmax(-1) - logits.float().log_softmax(-1)).abs()
         return Check("log-probs of a step against the model's forward", float(apart.mean()), 0.02)

@@ -126,8 +126,8 @@ class Workspace:
             self._start(Store(cache.keys, cache.values))
         return KVCache(config, rows, capacity, dtype, device, self.store)
 
-    def decoder(self, model: Bagel, cache: KVCache) -> DecodeStep:
-        """The decoding step over a cache that came from here, with the current weights."""
+    def decoder(self, model: Bagel) -> DecodeStep:
+        """The decoding step over the memory of `cache`, with the current weights."""
         if self.step is None or not self.step.serves(model):
             self.graphs = Graphs()
             self.step = DecodeStep(model, self.store)
@@ -289,7 +289,7 @@ class _Decoder:
         self.workspace = workspace
         self.fused = None
         if workspace:
-            self.fused = workspace.decoder(model, cache)
+            self.fused = workspace.decoder(model)
         elif can_fuse(model):
             self.fused = DecodeStep(model, Store(cache.keys, cache.values))
         # sampled tokens of a row, closing ones included
