@@ -43,7 +43,7 @@ class Scale:
     text: int  # tokens of the question
     context: int  # cached tokens per row when decoding
     steps: int  # decoded tokens that are timed
-    widths: tuple[int, ...]  # rows decoded together
+    widths: tuple[int, int, int, int]  # rows decoded together
     growth: tuple[int, int]  # completion lengths whose times are compared
     completion: int  # of the samples that are scored
     cap: int  # of sampled completions
@@ -80,7 +80,7 @@ TINY = Scale(
     text=14,
     context=40,
     steps=6,
-    widths=(1, 2, 4),
+    widths=(1, 2, 3, 4),
     growth=(8, 32),
     completion=12,
     cap=24,

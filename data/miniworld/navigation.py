@@ -9,6 +9,7 @@ that cell, without it the free cell beside it. The answer repeats the moves.
 
 import random
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def draw(rng: random.Random) -> MiniRecord:
     """One maze with a unique shortest path."""
     path = rng.choice(corridors(rng.randint(MIN_MOVES, MAX_MOVES)))
     free = _add_decoys(path, rng)
-    moves = [NEIGHBOURS[here][there] for here, there in zip(path, path[1:], strict=False)]
+    moves = [NEIGHBOURS[here][there] for here, there in pairwise(path)]
     thought = _walk(path, moves)
     return MiniRecord(
         task=TASK,
@@ -146,7 +147,7 @@ def _solved_maze(path: tuple[Cell, ...], free: set[Cell], moves: list[str]) -> n
     board = blank_board()
     for cell in CELLS:
         board[cell] = FADED_FREE if cell in free else FADED_HOLE
-    for step, (cell, move) in enumerate(zip(path, moves, strict=False)):
+    for step, (cell, move) in enumerate(zip(path[:-1], moves, strict=True)):
         board[cell] = STEPS[step][move]
     board[path[-1]] = REACHED_GOAL
     return board
