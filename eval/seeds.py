@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from eval.figures import quickstart_figure
-from eval.report import ACCURACY, ARMS, DIAGNOSTICS
+from eval.quickstart_figure import quickstart_figure
 from eval.session import markdown_table
 from eval.statistics import OVERALL
+from eval.summary import ACCURACY, ARMS, DIAGNOSTICS
 from train.config import UsageError
 from train.records import run_info, write_atomic
 from train.session import exit_on_user_error

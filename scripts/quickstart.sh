@@ -117,4 +117,4 @@ python -m examples.inference_demo --model_path "$trained/opsd/latest" --device c
   --example Visual_Search --save_image "$out/demo.png" --max_new_tokens 24
 
 step "9/9 summary"
-python -m eval.report --results_dir "$out" --checkpoint_dir "$trained" --seed "$seed"
+python -m eval.summary --results_dir "$out" --checkpoint_dir "$trained" --seed "$seed"

@@ -155,7 +155,7 @@ def test_no_path_edits_and_public_torch_only() -> None:
         ("inferencer", "from train.config import Config", True),
         ("eval", "from train.losses import token_kl", False),
         ("eval", "from examples.inference_demo import main", True),
-        ("examples", "from eval.report import table", False),
+        ("examples", "from eval.summary import table", False),
     ],
 )
 def test_the_import_rule_itself(name: str, line: str, wrong: bool) -> None:

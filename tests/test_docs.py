@@ -52,7 +52,7 @@ OTHER_MODULES = (
     "eval.drawings",
     "eval.interleaved",
     "eval.kl_diagnostic",
-    "eval.report",
+    "eval.summary",
     "eval.run",
     "eval.scores",
     "eval.serve",

@@ -6,8 +6,8 @@ import statistics
 
 import pytest
 
-from eval.report import ACCURACY, ARMS, DIAGNOSTICS
 from eval.seeds import load, main, write_seeds
+from eval.summary import ACCURACY, ARMS, DIAGNOSTICS
 from train.config import UsageError
 
 TASKS = ("Visual_Search", "Chart_Refocus", "overall")
@@ -15,7 +15,7 @@ OPSD = (0.8, 0.9, 0.7)
 
 
 def summary(seed, opsd):
-    """What eval.report writes, with one accuracy that depends on the seed."""
+    """What eval.summary writes, with one accuracy that depends on the seed."""
     estimate = {"value": 0.2 + 0.01 * seed, "low": 0.1, "high": 0.3}
     diagnostic = {
         "n": 100,

@@ -1,6 +1,6 @@
 """The quickstart's table: result files in, summary.json, summary.md and summary.png out.
 
-    python -m eval.report --results_dir results/quickstart --checkpoint_dir checkpoints/quickstart
+    python -m eval.summary --results_dir results/quickstart --checkpoint_dir checkpoints/quickstart
 
 Nothing is computed here but differences: every number is read from the files that
 `eval.kl_diagnostic` and `eval.run` wrote, and names the file and the command it came from. How the
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.figures import quickstart_figure
 from eval.interleaved import columns
+from eval.quickstart_figure import quickstart_figure
 from eval.session import markdown_table
 from eval.statistics import OVERALL
 from train.config import UsageError
@@ -215,7 +215,7 @@ def write_summary(folder: Path, checkpoints: Path, seed: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.report", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m eval.summary", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--results_dir", default="results/quickstart", help="what a run wrote")
     parser.add_argument(

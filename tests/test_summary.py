@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.text import Text
 
-from eval.figures import quickstart_figure
-from eval.report import (
+from eval.quickstart_figure import quickstart_figure
+from eval.summary import (
     ACCURACY,
     ARMS,
     CONTROL_MEASURES,

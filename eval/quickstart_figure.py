@@ -35,7 +35,7 @@ def quickstart_figure(
     """Accuracy per task and arm above; below, the KL to the base with visual thoughts.
 
     Args:
-        summary: what `eval.report` writes as summary.json, or `eval.seeds` as seeds.json.
+        summary: what `eval.summary` writes as summary.json, or `eval.seeds` as seeds.json.
         arms: arm -> title, in the order of the bars.
         whiskers: what they show, from the `low` to the `high` of each number.
     """
