@@ -2,11 +2,11 @@
 
     python -m eval.interleaved --model_path BASE --student_path STUDENT --output_dir DIR
 
-The base answers interleaved, with and without guidance, and in text alone; the student in text
-alone. Accuracy is measured in batches. Seconds are those of single samples: every system takes the
-same samples in turn, preprocessing included and file reading not, `--repeats` times after a
-warm-up; the table has the median over samples of each sample's median, and the median of the paired
-ratios.
+The base answers interleaved, with and without guidance, and in text alone; every student in text
+alone, the last of them being what the others are compared with. Accuracy is measured in batches.
+Seconds are those of single samples: every system takes the same samples in turn, preprocessing
+included and file reading not, `--repeats` times after a warm-up; the table has the median over
+samples of each sample's median, and the median of the paired ratios.
 
 Writes table.md and table.json (a record per system), scores.json (accuracy per task and system) and
 seconds.json (a record per sample).
@@ -26,6 +26,7 @@ from data.parquet import SPLITS
 from eval.asking import ask
 from eval.backends.bagel import BagelSystem
 from eval.benchmarks import first_samples
+from eval.kl_diagnostic import student_paths
 from eval.protocol import Decoding, Protocol
 from eval.sample import Reply, Sample
 from eval.scoring import score
@@ -47,11 +48,10 @@ from train.config import DTYPES
 from train.records import base_record, run_info, write_atomic, write_records
 from train.session import exit_on_user_error
 
-GUIDED, DRAWN, BASE, STUDENT = (
+GUIDED, DRAWN, BASE = (
     "base, interleaved with guidance",
     "base, interleaved",
     "base, text-only",
-    "student, text-only",
 )
 Answer = Callable[[Sequence[Sample]], list[Reply]]
 
@@ -87,9 +87,16 @@ def open_systems(args: argparse.Namespace, device: torch.device) -> dict[str, An
         systems[GUIDED] = answer(GUIDED, drawing, "interleaved", guided=True)
     systems[DRAWN] = answer(DRAWN, drawing, "interleaved")
     systems[BASE] = answer(BASE, text, "student")
-    if args.student_path:
-        systems[STUDENT] = answer(STUDENT, opened(args.student_path, "auto"), "student")
+    for student, path in students_of(args.student_path).items():
+        name = f"{student}, text-only"
+        systems[name] = answer(name, opened(path, "auto"), "student")
     return systems
+
+
+def students_of(values: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR` or `DIR` -> name: folder; one without a name is "student"."""
+    named = (v if "=" in v and not Path(v).is_dir() else f"student={v}" for v in values)
+    return student_paths(list(named))
 
 
 def read_samples(args: argparse.Namespace) -> list[list[Sample]]:
@@ -258,7 +265,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of("eval.interleaved", "Thinking in pictures against text alone.")
     add = parser.add_argument
-    add("--student_path", help="checkpoint of a distilled student")
+    add("--student_path", nargs="+", default=[], metavar="NAME=DIR", help="trained checkpoints")
     add("--split", choices=SPLITS, default="test")
     add("--limit_per_task", type=int, default=200, help="first rows of each source")
     add("--max_new_tokens", type=int, default=1024, help="of each text")

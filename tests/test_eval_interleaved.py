@@ -10,7 +10,7 @@ import pytest
 
 from data.example import Example
 from eval import drawings, interleaved
-from eval.interleaved import BASE, DRAWN, GUIDED, STUDENT, Timing, accuracies, table_rows, timings
+from eval.interleaved import BASE, DRAWN, GUIDED, Timing, accuracies, table_rows, timings
 from eval.sample import Question, Reply, Sample
 from tests.training import drawing_base
 from train.records import read_records
@@ -94,19 +94,20 @@ def arguments(drawing_world):
 
 
 def test_command_writes_table_and_records(arguments, drawing_world, tmp_path, capsys):
-    extra = ["--student_path", str(drawing_world / "base"), "--limit_per_task", "2"]
+    base = str(drawing_world / "base")
+    extra = ["--student_path", base, f"other={base}", "--limit_per_task", "2"]
     extra += ["--latency_samples", "1", "--repeats", "2", "--batch_size", "2"]
     interleaved.main([*arguments, *extra, "--output_dir", str(tmp_path)])
-    names = [GUIDED, DRAWN, BASE, STUDENT]
+    names = [GUIDED, DRAWN, BASE, "student, text-only", "other, text-only"]
     text = (tmp_path / "table.md").read_text()
-    assert [line.split("|")[1].strip() for line in text.splitlines()[2:6]] == names
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:7]] == names
     assert re.search(r"Command: `.+`, seed 0, commit ", text)
     rows = read_records(tmp_path / "table.json")
     assert [row["id"] for row in rows] == names and rows[-1]["values"]["ratio"] == 1.0
     assert rows[0]["values"]["pictures"] > 0 == rows[2]["values"]["pictures"]
     assert len(read_records(tmp_path / "seconds.json")) == 4
     assert {len(v) for r in read_records(tmp_path / "seconds.json") for v in r["values"].values()}
-    assert len(read_records(tmp_path / "scores.json")) == 4 * 5
+    assert len(read_records(tmp_path / "scores.json")) == 5 * 5
     assert "saved" in capsys.readouterr().out
 
 
