@@ -2,33 +2,26 @@
 
     python -m eval.token_classes results/kl --model_path models/ThinkMorph-7B
 
-Reads records.jsonl of the KL diagnostic; the checkpoint lends its tokenizer, no model runs. A token
-has the class of the text it stands in:
-
-    tag          <think>, </answer>, <image_start>, ...
-    answer       what stands between <answer> and </answer>
-    number       a word with a digit
-    function     a word of FUNCTION_WORDS
-    content      any other word
-    other        punctuation and white space
+Reads records.jsonl of the KL diagnostic; the checkpoint lends its tokenizer, no model runs. The
+classes (tag, answer, number, function, content, other) are those of data/token_classes.py.
 
 The test asks whether content words are moved further than function words: the difference of their
 means per sample, its bootstrap interval over samples, and a sign-flip permutation test.
 
-Writes tokens.json (a record per task and class) and tokens.md beside what it read.
+Writes tokens.json (a record per task and class, and per test) and tokens.md beside what it read.
 """
 
 import argparse
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from data.streams import stream_seed
+from data.token_classes import CLASSES, TokenClassifier
 from eval.kl_scoring import PRE
 from eval.session import markdown_table, plain_parser
 from eval.statistics import OVERALL, PERCENTILES, RESAMPLES
@@ -37,21 +30,8 @@ from train.config import UsageError
 from train.records import base_record, read_records, run_info, write_atomic, write_records
 from train.session import exit_on_user_error
 
-TokenClass = Literal["tag", "answer", "number", "function", "content", "other"]
-CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
-# Grammar only: words of place, direction, order and amount are what visual problems turn on.
-_GRAMMAR = """
-    also am an and any are as at be because been being but by can could did do does for from had
-    has have he her here his how i if is it its just may might must my nor of or our shall she
-    should since so some such than that the their them then there these they this those thus to was
-    we were what when which while who whose why will with would yet you your
-"""
-FUNCTION_WORDS = frozenset(_GRAMMAR.split())
-TAG = re.compile(r"</?\w+>")
-ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
-WORD = re.compile(r"\w+")
-ARTICLE = re.compile(r"[aA]\s+[^\W\d_]{2,}")  # a single letter elsewhere is a label
 FLIPS = 10_000
+TEST = "content - function"  # id of the records with the test
 
 
 @dataclass(frozen=True)
@@ -73,44 +53,6 @@ class Difference:
     p: float
 
 
-def classes_of(token_ids: Sequence[int], tokenizer: Tokenizer) -> list[TokenClass]:
-    """The class of every token of a completion."""
-    ends = [len(tokenizer.decode(token_ids[: i + 1])) for i in range(len(token_ids))]
-    text = tokenizer.decode(token_ids)
-    by_character = character_classes(text)
-    classes: list[TokenClass] = []
-    start = 0
-    for end in ends:
-        # a token of white space and a word has the class of the word
-        inside = [c for c in by_character[start:end] if c != "other"]
-        classes.append(inside[0] if inside else "other")
-        start = max(start, end)
-    return classes
-
-
-def character_classes(text: str) -> list[TokenClass]:
-    """The class of every character."""
-    found: list[TokenClass] = ["other"] * len(text)
-
-    def mark(span: tuple[int, int], name: TokenClass) -> None:
-        found[span[0] : span[1]] = [name] * (span[1] - span[0])
-
-    for word in WORD.finditer(text):
-        name: TokenClass = "content"
-        if any(sign.isdigit() for sign in word[0]):
-            name = "number"
-        elif word[0] in "aA":
-            name = "function" if ARTICLE.match(text, word.start()) else "content"
-        elif word[0].casefold() in FUNCTION_WORDS:
-            name = "function"
-        mark(word.span(), name)
-    for answer in ANSWER.finditer(text):
-        mark(answer.span(1), "answer")
-    for tag in TAG.finditer(text):
-        mark(tag.span(), "tag")
-    return found
-
-
 def read_tokens(folder: Path, tokenizer: Tokenizer, measure: str) -> list[Tokens]:
     """Every sample of a diagnostic.
 
@@ -120,7 +62,7 @@ def read_tokens(folder: Path, tokenizer: Tokenizer, measure: str) -> list[Tokens
     file = folder / "records.jsonl"
     if not file.is_file():
         raise UsageError(f"{file} is missing: run eval.kl_diagnostic with --output_dir {folder}")
-    samples = []
+    samples, classes_of = [], TokenClassifier(tokenizer)
     for record in read_records(file):
         values = record["values"]
         if measure not in values["kl_t"]:
@@ -134,7 +76,7 @@ def read_tokens(folder: Path, tokenizer: Tokenizer, measure: str) -> list[Tokens
             )
         by_class: dict[str, list[float]] = {name: [] for name in CLASSES}
         kl_t = values["kl_t"][measure][: len(ids)]  # a row for the end has no token
-        for name, value in zip(classes_of(ids, tokenizer), kl_t, strict=True):
+        for name, value in zip(classes_of(ids), kl_t, strict=True):
             by_class[name].append(value)
         samples.append(Tokens(record["task"], by_class))
     return samples
@@ -178,17 +120,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     tests[OVERALL] = content_against_function(samples, args.seed)
     origin = read_records(args.folder / "records.jsonl")[0]
-    common = {name: origin[name] for name in ("system", "step", "config_hash")}
+    common = {name: origin[name] for name in ("system", "seed", "step", "config_hash")}
     info = run_info()
+    values = {(task, name): row for task, rows in found.items() for name, row in rows.items()}
+    values |= {(task, TEST): asdict(test) for task, test in tests.items() if test is not None}
     write_records(
         args.folder / "tokens.json",
         [
             base_record(
                 kind="token_classes", task=task, id=name, values=row | {"measure": args.measure},
-                seed=args.seed, info=info, **common,
+                info=info, **common,
             )
-            for task, rows in found.items()
-            for name, row in rows.items()
+            for (task, name), row in values.items()
         ],
     )  # fmt: skip
     text = markdown(found, tests, args.measure, info)

@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 
 from data.miniworld.world import TASKS
+from data.token_classes import CLASSES, TokenClassifier, classes_of
 from modeling.bagel import text_logits
 from modeling.generation import Rollout, Round, SamplingParams
 from modeling.pretrained import is_generation_key, load_pretrained
@@ -294,6 +295,65 @@ def test_dropped_rows_change_no_mean(tmp_path, monkeypatch):
         assert lines[1][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
+# ---- the gap by class of token ----------------------------------------------------------------
+
+
+def two_rounds(row: int, *texts: str) -> rollout.Trajectory:
+    """A trajectory whose rounds have these texts."""
+    encode = base_processor().tokenizer.encode
+    rounds = tuple(Round(tuple(ids := encode(t)), "eos", (0.0,) * len(ids)) for t in texts)
+    return rollout.Trajectory(rollout.Prompt(row, [], [], 99), Rollout(rounds))
+
+
+def test_values_go_to_the_class_of_the_predicted_token():
+    """Over all rounds of a completion; rows of closing tokens go nowhere."""
+    tokenizer = base_processor().tokenizer
+    micro = [two_rounds(0, "<answer>the", " cat</answer>"), two_rounds(1, "the cat, 4")]
+    expected, rows = {}, []
+    for trajectory in micro:
+        classes = iter(classes_of(trajectory.rollout.token_ids, tokenizer))
+        for part in trajectory.rollout.rounds:
+            for _ in part.token_ids:
+                expected.setdefault(f"k/{next(classes)}", []).append(float(len(rows)))
+                rows.append(float(len(rows)))
+            rows.append(1e9)  # a closing token
+    found = rollout.values_by_class("k", torch.tensor(rows), micro, TokenClassifier(tokenizer))
+    assert {name: part.tolist() for name, part in found.items()} == expected
+    assert set(expected) == {f"k/{c}" for c in CLASSES}
+    start = len(tokenizer.encode("<answer>the")) + 1  # of the second round, which goes on in it
+    assert start in expected["k/answer"]
+
+
+def test_the_gap_by_class_is_a_mean_over_tokens(tmp_path, monkeypatch):
+    """Over all micro batches of a line, whatever completion a token is in."""
+    pooled = {}
+
+    def noted(student, teacher, micro, *rest):
+        scored = distillation(student, teacher, micro, *rest)
+        values = iter(scored["k_gen"].tolist())
+        for trajectory in micro:
+            classes = iter(classes_of(trajectory.rollout.token_ids, base_processor().tokenizer))
+            for part in trajectory.rollout.rounds:
+                for _ in part.token_ids:
+                    pooled.setdefault(f"k_gen_of/{next(classes)}", []).append(next(values))
+                next(values)
+        return scored
+
+    distillation = opsd.distillation
+    monkeypatch.setattr(opsd, "distillation", noted)
+    flags = {"global_batch": 6, "micro_batch": 4, "log_every": 2, "launch_gates": False}
+    (line,) = run_opsd(tmp_path, total_steps=2, **flags)
+    found = {name: value for name, value in line.items() if name.startswith("k_gen_of/")}
+    assert found == pytest.approx({n: sum(v) / len(v) for n, v in pooled.items()}, rel=1e-6)
+    assert len(found) >= 3 and len({round(v, 6) for v in found.values()}) == len(found)
+
+
+def test_the_policy_loss_has_no_gap(tmp_path):
+    (line,) = run_opsd(tmp_path, total_steps=1, jsd_loss_kind="tinker")
+    assert not [name for name in line if name.startswith("k_gen")]
+    assert line["sentinel"] == 0
+
+
 # ---- runs -------------------------------------------------------------------------------------
 
 
@@ -375,11 +435,13 @@ def test_command_line_run_leaves_metrics_config_and_checkpoints(tmp_path, monkey
         *("step", "loss", "lr", "grad_norm", "jsd", "student_entropy", "student_mass_outside"),
         *("clipped_share", "over_cap", "empty_completions", "completion_length", "ended_by_budget"),
         *("image_skips", "shrunk_images", "skipped_records", "skipped_vts", "teacher_drift"),
-        *("k_gen", "tokens_per_second", "peak_memory_mib"),
+        *("k_gen", "tokens_per_second", "peak_memory_mib", "sentinel"),
     }
     lines = all_lines(tmp_path)
     assert all(names <= line.keys() for line in lines)
-    assert {name for line in lines for name in line if "/" in name} <= {f"k_gen/{t}" for t in TASKS}
+    parts = {name for line in lines for name in line if "/" in name}
+    assert parts <= {f"k_gen/{t}" for t in TASKS} | {f"k_gen_of/{c}" for c in CLASSES}
+    assert {name.partition("/")[0] for name in parts} == {"k_gen", "k_gen_of"}
     assert all(
         line[name] > 0 for line in lines for name in ("tokens_per_second", "peak_memory_mib")
     )

@@ -1,19 +1,17 @@
 """KL by class of token: classes of characters and tokens, shares, the test, the command."""
 
+import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from data.processor import Processor
+from data.token_classes import CLASSES, TokenClassifier, character_classes, classes_of
 from eval import kl_diagnostic, token_classes
-from eval.token_classes import (
-    CLASSES,
-    Tokens,
-    character_classes,
-    classes_of,
-    content_against_function,
-    shares,
-)
+from eval.token_classes import Tokens, content_against_function, shares
+from modeling.tokenizer import TokenizerError, load_tokenizer
 from tests.data_helpers import ByteTokenizer
 from tests.eval_helpers import flags, write_world
 from train.config import UsageError
@@ -25,7 +23,7 @@ TEXT = "<think>Is the left one a cat? A fits b3, and 12</think><answer>the A</an
 def words(text: str) -> dict[str, str]:
     """Each word, tag or sign of a text with the class of its first character."""
     found = character_classes(text)
-    return {m[0]: found[m.start()] for m in token_classes.re.finditer(r"</?\w+>|\w+|[^\w\s]", text)}
+    return {m[0]: found[m.start()] for m in re.finditer(r"</?\w+>|\w+|[^\w\s]", text)}
 
 
 def test_characters_have_the_class_of_what_they_stand_in() -> None:
@@ -59,6 +57,91 @@ def test_tokens_have_the_class_of_the_text_they_stand_in() -> None:
         elif text.strip() == "left":  # with the blank before it
             assert name == "content"
     assert set(found) >= {"tag", "content", "answer"}
+
+
+class LossyBytes(ByteTokenizer):
+    """A token per byte, and one of two bytes; bytes that are no text are shown as such."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        pieces = (
+            b"" if i < 16 else b"\x98\x80" if i == 272 else bytes([i - 16]) for i in token_ids
+        )
+        return b"".join(pieces).decode(errors="replace")
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.tokens = tokenizer, 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        self.tokens += len(token_ids)
+        return self.tokenizer.decode(token_ids)
+
+
+def classes_by_prefixes(token_ids: Sequence[int], tokenizer) -> list[str]:
+    """The definition: a token stands where the text of the prefix that it ends grows."""
+    by_character = character_classes(tokenizer.decode(token_ids))
+    classes, start = [], 0
+    for end in range(1, len(token_ids) + 1):
+        reached = max(start, len(tokenizer.decode(token_ids[:end])))
+        named = [c for c in by_character[start:reached] if c != "other"]
+        classes.append(named[0] if named else "other")
+        start = reached
+    return classes
+
+
+TEXTS = (
+    TEXT,
+    "",
+    " ",
+    "<answer>é 4</answer> naïve café, Größe 12 und 数字 ٣ <think>",
+    "🙂🙃 the <answer>🙂</answer>\n\n 👩‍👩‍👧 a cat",
+    "\ufffd the \ufffd\ufffd b3 \ufffd",
+    "<answer>never closed the 4 é",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_classes_are_those_of_growing_prefixes(text: str) -> None:
+    for tokenizer in (LossyBytes(), load_tokenizer("models/mini-base")):
+        ids = tokenizer.encode(text)
+        assert classes_of(ids, tokenizer) == classes_by_prefixes(ids, tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_torn_characters_have_the_classes_of_growing_prefixes(seed: int) -> None:
+    """Characters split over tokens, cut short, without beginning, with empty tokens among them."""
+    draw = random.Random(seed)
+    starts = [*b"\xc3\xe2\xf0\xf4\xff\xed", *b"\x80\x98\x9f\xa9\xbf", *b"a 4<"]
+    lossy, mini = LossyBytes(), load_tokenizer("models/mini-base")
+    classes_in = {t: TokenClassifier(t) for t in (lossy, mini)}
+    torn = [i for i in range(mini.vocab_size) if "\ufffd" in mini.decode([i])]
+    assert len(torn) > 100
+    for _ in range(150):
+        ids = [draw.choice([0, 272, *(16 + byte for byte in starts)]) for _ in range(20)]
+        assert classes_in[lossy](ids) == classes_by_prefixes(ids, lossy), ids
+        ids = [draw.choice(torn if draw.random() < 0.7 else range(441)) for _ in range(12)]
+        assert classes_in[mini](ids) == classes_by_prefixes(ids, mini), ids
+
+
+def test_the_classes_take_linear_time() -> None:
+    """Also of a completion of torn characters, such as a collapsed student may write."""
+    for ids in (LossyBytes().encode(TEXT * 20), [16 + 0xF0] * 1500, [16 + 0x98] * 1500):
+        tokenizer = Counting(LossyBytes())
+        TokenClassifier(tokenizer)(ids)
+        assert tokenizer.tokens <= 10 * len(ids)
+
+
+def test_a_tokenizer_whose_tokens_do_not_add_up_is_refused() -> None:
+    class Stripping(LossyBytes):
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return super().decode(token_ids).strip()
+
+    tokenizer = Stripping()
+    with pytest.raises(TokenizerError, match="'a b' have 2 characters .* 3 together.*byte-level"):
+        classes_of(tokenizer.encode("a b"), tokenizer)
 
 
 def sample(content: list[float], function: list[float], task: str = "t") -> Tokens:
@@ -108,7 +191,10 @@ def test_command_counts_every_token_of_the_diagnostic(measured: Path, capsys) ->
         samples = [
             r["values"]["kl_t"][measure] for r in read_records(measured / "kl" / "records.jsonl")
         ]
-        overall = [r["values"] for r in records if r["task"] == "overall"]
+        tests = [r for r in records if r["id"] == token_classes.TEST]
+        assert {r["task"] for r in tests} == {"Spatial_Navigation", "overall"}
+        assert all(0 < r["values"]["p"] <= 1 and r["values"]["n"] for r in tests)
+        overall = [r["values"] for r in records if r["task"] == "overall" and r not in tests]
         assert sum(row["tokens"] for row in overall) == sum(map(len, samples))
         assert sum(row["share"] for row in overall) == pytest.approx(1)
         total = sum(row["tokens"] * row["mean"] for row in overall)

@@ -1,5 +1,6 @@
 """Validation during training: what it measures, what it leaves, and that it changes nothing."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import kl_diagnostic
+from eval import kl_diagnostic, token_classes
 from eval import run as eval_run
+from modeling.tokenizer import load_tokenizer
 from tests.training import (
     CONFIGS,
     PROBES,
@@ -86,6 +88,16 @@ def test_k_gen_is_that_of_the_diagnostic(run, tmp_path):
             measure = {0: "pre", 3: "post:student"}[record["step"]]
             expected = summary[record["task"]][measure]["value"]
             assert record["values"]["k_gen"] == pytest.approx(expected, rel=1e-5), record["task"]
+    for step, measure in ((0, "pre"), (3, "post:student")):
+        samples = token_classes.read_tokens(tmp_path, load_tokenizer(BASE), measure)
+        for record in records_of(run):
+            if record["step"] == step and record["task"] != OVERALL:
+                rows = token_classes.shares([s for s in samples if s.task == record["task"]])
+                found = {n: v for n, v in record["values"].items() if n.startswith("k_gen_of/")}
+                expected = {f"k_gen_of/{name}": row["mean"] for name, row in rows.items()}
+                # the diagnostic keeps six decimals of each KL_t
+                assert found == pytest.approx(expected, rel=1e-5, abs=5e-7), record["task"]
+                assert len(found) >= 3
     assert summary[OVERALL]["post:student"]["value"] != pytest.approx(
         summary[OVERALL]["pre"]["value"], rel=1e-3
     )
@@ -124,8 +136,12 @@ def test_results_are_also_lines_of_the_metrics(run):
         for record in records_of(run):
             if record["step"] == line["step"]:
                 end = "" if record["task"] == OVERALL else f"/{record['task']}"
-                for name in ("accuracy", "k_gen", "gap_closed"):
+                names = ["accuracy", "k_gen", "gap_closed"]
+                if record["task"] == OVERALL:
+                    names += [name for name in record["values"] if name.startswith("k_gen_of/")]
+                for name in names:
                     assert line[f"val/{name}{end}"] == record["values"][name]
+        assert "val/k_gen_of/content" in line
 
 
 FRESH = ("id", "created", "command", "info", "config_hash", "hardware", "commit", "system")
@@ -254,7 +270,8 @@ def test_records_of_an_earlier_run_do_not_stay(tmp_path):
 
 
 def outcome(index, task, accuracy, k_gen):
-    return Outcome(index, task, accuracy, 1 - accuracy, 0.0, 10.0 * (index + 1), k_gen)
+    by_class = {"tag": [k_gen]}
+    return Outcome(index, task, accuracy, 1 - accuracy, 0.0, 10.0 * (index + 1), k_gen, by_class)
 
 
 def test_every_task_counts_the_same():
@@ -265,6 +282,19 @@ def test_every_task_counts_the_same():
     assert scores[OVERALL]["accuracy"] == 0.5
     assert scores[OVERALL]["k_gen"] == pytest.approx(0.3)
     assert scores[OVERALL]["mean_tokens"] == (10 + 25) / 2
+
+
+def test_classes_are_means_over_tokens_then_over_the_tasks_that_have_them():
+    rows = [
+        dataclasses.replace(outcome(0, "a", 1.0, 0.4), of_class={"tag": [1.0], "number": [5.0]}),
+        dataclasses.replace(outcome(1, "a", 1.0, 0.4), of_class={"tag": [2.0, 6.0]}),
+        dataclasses.replace(outcome(2, "b", 1.0, 0.4), of_class={"tag": [7.0]}),
+    ]
+    scores = summarise(rows)
+    found = {task: {n: v for n, v in s.items() if "/" in n} for task, s in scores.items()}
+    assert found["a"] == {"k_gen_of/tag": 3.0, "k_gen_of/number": 5.0}
+    assert found["b"] == {"k_gen_of/tag": 7.0}
+    assert found[OVERALL] == {"k_gen_of/tag": 5.0, "k_gen_of/number": 5.0}
 
 
 # ---- what cannot be validated -------------------------------------------------------------------

@@ -25,7 +25,10 @@ from train.folders import BEST, NUMBERED, Start, find_resumable, fsync, point
 from train.metrics import MetricLogger
 from train.parallel import World, full_state
 from train.records import config_hash, run_info, write_atomic
+from train.sentinel import Sentinel
 from train.state import AUTOENCODER, STATE, Progress, load_state, save_state
+
+STOPPED = "stopped_by_sentinel"  # in run.json: the reason, or null
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +72,23 @@ class CheckpointWriter:
         optimizer: AdamW | None = None,
         metrics: MetricLogger | None = None,
         validation: Mapping[str, Any] | None = None,
+        sentinel: Sentinel | None = None,
     ) -> Path:
         """Publish the folder of `step`, and point `latest` at it. Collective.
 
         With `optimizer` it can be resumed, unless --save_state False; `metrics` then are the ones
-        whose means go on, `validation` what was validated so far. Of the folders before it,
-        --keep_last stay.
+        whose means go on, `validation` what was validated so far, `sentinel` the one of the run. Of
+        the folders before it, --keep_last stay.
         """
         final = self._root / f"{step:07d}"
         aside = self._write_aside(final, student, ema)
         if optimizer is not None and self.config.run.save_state:
             modules, identity = _modules(student, ema), dict(self.identity)
-            so_far = Progress(metrics.pending() if metrics else {}, dict(validation or {}))
+            pending = metrics.pending() if metrics else {}
+            seen = sentinel.progress() if sentinel else {}
+            so_far = Progress(pending, dict(validation or {}), seen)
             save_state(aside / STATE, step, identity, modules, optimizer, so_far, self.world)
-        self._publish(aside, final, step)
+        self._publish(aside, final, step, sentinel.stopped if sentinel else None)
         if self.world.is_main:
             point(self._root / "latest", final.name)
             self._keep_last(self._root)
@@ -119,6 +125,11 @@ class CheckpointWriter:
                     _remove(entry)
         self.world.barrier()
 
+    def best(self) -> str | None:
+        """Where the best so far is, e.g. `run/best (best-0000070)`; None where none is marked."""
+        link = self._root / "best"
+        return f"{link} ({os.readlink(link)})" if link.is_symlink() else None
+
     @property
     def _root(self) -> Path:
         return Path(self.config.run.checkpoint_dir)
@@ -148,10 +159,11 @@ class CheckpointWriter:
                 self.world.barrier()
         return aside
 
-    def _publish(self, aside: Path, final: Path, step: int) -> None:
+    def _publish(self, aside: Path, final: Path, step: int, stopped: str | None = None) -> None:
         """Give the folder its name; readers never see half of it. Collective."""
         if self.world.is_main:
-            write_atomic(aside / "run.json", json.dumps(self._origin(step), indent=2) + "\n")
+            origin = self._origin(step) | {STOPPED: stopped}
+            write_atomic(aside / "run.json", json.dumps(origin, indent=2) + "\n")
             for file in aside.rglob("*"):
                 fsync(file)
             fsync(aside)
@@ -212,6 +224,12 @@ def copy_autoencoder(source: str | Path, folder: Path) -> None:
 def updates_in(folder: Path) -> int:
     """How many updates the weights of a checkpoint folder have had."""
     return json.loads((folder / "run.json").read_text())["step"]
+
+
+def stopped_by_sentinel(folder: Path) -> str | None:
+    """Why the run ended with this checkpoint, where the sentinel ended it."""
+    # earlier versions, whose folders can be resumed, wrote no such line
+    return json.loads((folder / "run.json").read_text()).get(STOPPED)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from modeling.generation import SamplingParams
 from modeling.pretrained import Weights
 from train.losses import JSDConfig
 from train.optim import OptimConfig
+from train.sentinel import Policy
 from train.teacher import TeacherMode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -169,16 +170,24 @@ class SamplingArguments:
 
 @dataclass(frozen=True)
 class ValidationArguments:
-    """Validation during training; the released data has no split for it."""
+    """Validation during training, for which the released data has no split; and the sentinel."""
 
     validate_every: int = _help("steps between validations, also at the end; 0 = none", 0)
     validation_samples: int = _help("rows of the validation split, of each source", 50)
+    sentinel: Policy = _help(
+        "off, warn, lower_lr, stop_and_keep_best: on signs of a collapse", "warn"
+    )
 
     def __post_init__(self) -> None:
         if self.validate_every < 0:
             raise UsageError(f"--validate_every must be 0 (none) or more: {self.validate_every}")
         if self.validation_samples < 1:
             raise UsageError(f"--validation_samples must be 1 or more: {self.validation_samples}")
+        if self.sentinel == "stop_and_keep_best" and self.validate_every == 0:
+            raise UsageError(
+                "--sentinel stop_and_keep_best has no best to keep with --validate_every 0: "
+                "validate, or choose warn or lower_lr"
+            )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from train.records import write_atomic
 
 Pairs = dict[str, tuple[float, float]]  # name -> sum, count
+Line = dict[str, float]  # name -> value
 ON_THE_BAR = ("loss", "completion_length", "lr")  # the rest is in the file
 SPEED = "tokens_per_second"
 PEAK = "peak_memory_mib"
@@ -121,11 +122,14 @@ class MetricLogger:
         """Whether `log` reports after `step` completed updates."""
         return step % self.log_every == 0 or step == self.total_steps
 
-    def log(self, step: int, **now: float) -> dict[str, float] | None:
+    def log(
+        self, step: int, watch: Callable[[Line], Line] | None = None, **now: float
+    ) -> Line | None:
         """Report after `step` completed updates: means since the last report, and `now` as is.
 
         Returns the line (the same on all ranks), or None between reports. Collective over ranks.
-        `now` holds values that are already global (learning rate, tokens so far, seconds).
+        `now` holds values that are already global (learning rate, tokens so far, seconds); `watch`
+        is shown the line and says what else belongs to it.
         """
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -136,6 +140,8 @@ class MetricLogger:
             return None
         pairs = self._local_pairs() | self._machine_pairs()
         line = {"step": step, **_means(self._gather(pairs)), **now}
+        if watch is not None:
+            line |= watch(line)
         if self.rank == 0:
             self._write(line)
         return line

@@ -14,14 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.token_classes import TokenClassifier
 from modeling.sequence import pack
 from modeling.tokenizer import SpecialTokens
 from train import losses
+from train.checkpoint import CheckpointWriter, updates_in
 from train.config import DistillArguments, OpsdConfig, UsageError, parse_opsd
 from train.drawn_vts import DrawingTeacher
+from train.folders import find_resumable
 from train.gates import LaunchGates
 from train.interrupts import stop_signal
-from train.metrics import MetricLogger
+from train.metrics import MetricLogger, say
 from train.optim import check_finite, clip_grad_norm, lr_at, set_lr
 from train.parallel import World, rollout_model, wrap
 from train.rollout import (
@@ -32,7 +35,9 @@ from train.rollout import (
     prepare,
     sample,
     sampled_labels,
+    values_by_class,
 )
+from train.sentinel import Sentinel
 from train.session import (
     observe_draws,
     open_loader,
@@ -41,6 +46,7 @@ from train.session import (
     open_model,
     open_optimizer,
     open_processor,
+    open_sentinel,
     open_writer,
     run,
 )
@@ -50,6 +56,14 @@ from train.validation import open_validation
 
 def train(config: OpsdConfig, world: World) -> Path:
     """Run all steps; returns the folder of the last checkpoint."""
+    sentinel = open_sentinel(config, world)
+    if sentinel.stopped:
+        return finished(config, world, sentinel)
+    return run_steps(config, world, sentinel)
+
+
+def run_steps(config: OpsdConfig, world: World, sentinel: Sentinel) -> Path:
+    """The steps that are left of a run that the sentinel has not ended."""
     distill, seed = config.distill, config.run.global_seed
     mixture = open_mixture(config)
     processor = open_processor(config, mixture)
@@ -63,18 +77,26 @@ def train(config: OpsdConfig, world: World) -> Path:
         distill.ema_decay,
     )
     actor = rollout_model(model.config, student, world)
-    drawing = None
-    if config.visual_thoughts.vt_source == "generated":
-        drawing = DrawingTeacher(config, processor, world)
+    generated = config.visual_thoughts.vt_source == "generated"
+    drawing = DrawingTeacher(config, processor, world) if generated else None
     optimizer = open_optimizer(student, config)
     ema = teacher.module if isinstance(teacher, EMATeacher) else None
     writer = open_writer(config, model.config, processor, mixture, world)
     validation = open_validation(writer, mixture, student, actor)  # the student is the base yet
     start = writer.resume(student, ema, optimizer)
     last = start.folder
+    classes_of = TokenClassifier(processor.tokenizer)
 
     with open_metrics(config, world, start) as metrics, stop_signal(world) as stop:
-        validation.after(start.step, student, ema, metrics)  # if it was stopped before that
+
+        def save(done: int) -> Path:
+            so_far = validation.progress(done)
+            return writer.save(done, student, ema, optimizer, metrics, so_far, sentinel)
+
+        # if it was stopped before that
+        validation.after(start.step, student, ema, metrics, sentinel)
+        if sentinel.stopped:
+            return ended(save(start.step), writer, sentinel)
         loader = metrics.timed(open_loader(config, mixture, world, start.step))
         for step, rows in enumerate(loader, start.step):
             actor.refresh(student)
@@ -84,15 +106,7 @@ def train(config: OpsdConfig, world: World) -> Path:
             trajectories = sample(
                 actor.model, prompts, processor, params, step, seed, actor.workspace
             )
-            counts = world.sums(len(trajectories), len(prompts), len(shown))
-            count, fitting, drawn = map(int, counts)
-            if count == 0:
-                raise UsageError(
-                    f"step {step}: no record has a completion; of {config.run.global_batch} "
-                    f"{drawn} have visual thoughts, {fitting} fitted under --max_forward_tokens "
-                    f"{config.sampling.max_forward_tokens} with --min_completion "
-                    f"{config.sampling.min_completion}, and what they wrote stayed empty"
-                )
+            count = sampled(config, world, step, len(trajectories), len(prompts), len(shown))
             idle = [placeholder(rows[0][1], processor)]
             if step == start.step and distill.launch_gates:
                 gates = LaunchGates(distillation, student, teacher, config, tokens, world)
@@ -104,12 +118,12 @@ def train(config: OpsdConfig, world: World) -> Path:
                 (scored["loss"] * world.size).backward()
                 loss += scored.pop("loss").detach()
                 if micro is not idle:
-                    observe_scores(metrics, scored, micro)
+                    observe_scores(metrics, scored, micro, classes_of)
 
             norm = clip_grad_norm(student, config.optim.max_grad_norm)
             total = world.sum(loss)
             check_finite(step, loss=total, grad_norm=float(norm))
-            lr = lr_at(step, config.optim)
+            lr = lr_at(step, config.optim) * sentinel.lr_factor
             set_lr(optimizer, lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # sampling has the memory meanwhile
@@ -124,15 +138,59 @@ def train(config: OpsdConfig, world: World) -> Path:
             now = {"lr": lr}
             if metrics.reports(done):  # reads all parameters
                 now["teacher_drift"] = drift(teacher, student, world)
-            metrics.log(done, **now)
+            metrics.log(done, sentinel.line, **now)
             stopping = stop.agreed()
-            if writer.due(done) or stopping:  # first of all: validation takes its time
-                so_far = validation.progress()
-                last = writer.save(done, student, ema, optimizer, metrics, so_far)
-            if stopping:
+            if writer.due(done) or stopping or sentinel.stopped:
+                last = save(done)  # first of all: validation takes its time
+            if stopping or sentinel.stopped:
                 break
-            validation.after(done, student, ema, metrics)
+            validation.after(done, student, ema, metrics, sentinel)
+            if sentinel.stopped:
+                last = save(done)  # again, if it was due: now with what ended the run
+                break
+    return ended(last, writer, sentinel) if sentinel.stopped else last
+
+
+def ended(last: Path, writer: CheckpointWriter, sentinel: Sentinel) -> Path:
+    """Say why the sentinel ended the run, and what there is of it."""
+    if writer.world.is_main:
+        best = writer.best()
+        say(
+            f"the sentinel ended the run after {updates_in(last)} of "
+            f"{writer.config.optim.total_steps} updates: {sentinel.stopped}; "
+            + (f"the best is {best}" if best else "nothing was validated yet, so there is no best")
+        )
     return last
+
+
+def finished(config: OpsdConfig, world: World, sentinel: Sentinel) -> Path:
+    """The folder that a resumed run had been ended with."""
+    start, _ = find_resumable(config)
+    if world.is_main:
+        say(
+            f"nothing to go on with: the sentinel ended this run after {start.step} updates "
+            f"({sentinel.stopped}); --sentinel warn would train on"
+        )
+    return start.folder
+
+
+def sampled(
+    config: OpsdConfig, world: World, step: int, trajectories: int, prompts: int, rows: int
+) -> int:
+    """Number of trajectories of the step over all ranks. Collective.
+
+    Raises:
+        UsageError: there are none.
+    """
+    count, fitting, drawn = map(int, world.sums(trajectories, prompts, rows))
+    if count == 0:
+        raise UsageError(
+            f"step {step}: no record has a completion; of {config.run.global_batch} {drawn} have "
+            f"visual thoughts, {fitting} fitted under --max_forward_tokens "
+            f"{config.sampling.max_forward_tokens} with --min_completion "
+            f"{config.sampling.min_completion}, and what they wrote stayed empty"
+        )
+    return count
 
 
 def distillation(
@@ -226,12 +284,16 @@ def drift(teacher: Teacher, student: nn.Module, world: World) -> float:
 
 
 def observe_scores(
-    metrics: MetricLogger, scored: dict[str, Tensor], micro: list[Trajectory]
+    metrics: MetricLogger,
+    scored: dict[str, Tensor],
+    micro: list[Trajectory],
+    classes_of: TokenClassifier,
 ) -> None:
-    """What a micro batch was scored; the gap to the teacher by task as well."""
+    """What a micro batch was scored; the gap to the teacher by task and class of token as well."""
     for name, rows in scored.items():
         if name == "k_gen":
             metrics.observe(**means_by_task(name, rows, micro))
+            metrics.observe(**values_by_class(f"{name}_of", rows, micro, classes_of))
         else:
             metrics.observe(**{name: rows})
 

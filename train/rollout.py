@@ -6,7 +6,7 @@ Legend: a row is one record of the optimizer step, numbered over all ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from data.contexts import completion, student_context, teacher_context
 from data.mixture import Drawn
 from data.processor import Processor
 from data.streams import stream_seed
+from data.token_classes import CLASSES, TokenClassifier
 from modeling.bagel import Bagel
 from modeling.generation import Rollout, Round, SamplingParams, Workspace, generate
 from modeling.sequence import PackedBatch, Segment, segment_length
@@ -181,3 +182,26 @@ def means_by_task(name: str, rows: Tensor, micro: list[Trajectory]) -> dict[str,
         for task in tasks
     }
     return {key: torch.stack(values) for key, values in ({name: means} | by_task).items()}
+
+
+def values_by_class(
+    name: str, rows: Tensor, micro: list[Trajectory], classes_of: TokenClassifier
+) -> dict[str, Tensor]:
+    """The values (R,) at loss rows as `name/CLASS`, by the class of the token that a row predicts.
+
+    A completion is read as a whole, over the rounds that it may have. The closing token of a round
+    has no text and so no class: its row is in none. Nothing is read back from the device.
+    """
+    found: dict[str, list[int]] = {token_class: [] for token_class in CLASSES}
+    row = 0
+    for trajectory in micro:
+        classes = iter(classes_of(trajectory.rollout.token_ids))
+        for part in trajectory.rollout.rounds:
+            for token_class in islice(classes, len(part.token_ids)):
+                found[token_class].append(row)
+                row += 1
+            row += 1  # the closing token
+    found = {token_class: index for token_class, index in found.items() if index}
+    order = torch.tensor(list(chain.from_iterable(found.values())), device=rows.device)
+    parts = rows[order].split([len(index) for index in found.values()])
+    return {f"{name}/{key}": part for key, part in zip(found, parts, strict=True)}

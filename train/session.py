@@ -28,16 +28,17 @@ from modeling.pretrained import (
     load_pretrained,
 )
 from modeling.tokenizer import TokenizerError
-from train.checkpoint import CheckpointWriter, updates_in
+from train.checkpoint import CheckpointWriter, stopped_by_sentinel, updates_in
 from train.config import OpsdConfig, TrainConfig, UsageError, save_config
-from train.folders import FRESH, Start, claim_folders
+from train.folders import FRESH, Start, claim_folders, find_resumable
 from train.gates import GateError
 from train.interrupts import EXIT_STOPPED
 from train.master import MasterWeights
 from train.metrics import MetricLogger
 from train.optim import NonFiniteError, build_optimizer
 from train.parallel import LostRankError, World, distributed
-from train.state import run_identity
+from train.sentinel import Sentinel, Setting, restored
+from train.state import STATE, read_trainer, run_identity
 
 USER_ERRORS = (
     UsageError,
@@ -80,8 +81,9 @@ def _message(error: Exception) -> str:
 def run(config: TrainConfig, train: Callable[[Any, World], Path]) -> None:
     """What a command line does: join the processes, claim the output folders, train.
 
-    `train` runs all steps, or stops early where a signal asks for it, and returns the folder of the
-    last checkpoint. A run that was stopped leaves with status 75.
+    `train` runs all steps, or stops early where a signal asks for it or the sentinel finds that it
+    collapses, and returns the folder of the last checkpoint. A run that was stopped by a signal
+    leaves with status 75: try again. One that the sentinel ended is finished.
     """
     with (
         exit_on_user_error(),
@@ -94,7 +96,7 @@ def run(config: TrainConfig, train: Callable[[Any, World], Path]) -> None:
         if world.is_main:
             print(f"saved {last}")
     stopped = updates_in(last)
-    if stopped < config.optim.total_steps:
+    if stopped < config.optim.total_steps and not stopped_by_sentinel(last):
         if world.is_main:
             print(
                 f"stopped by a signal after {stopped} of {config.optim.total_steps} updates: go on "
@@ -225,6 +227,20 @@ def open_writer(
     base = base_weights(config)
     identity = run_identity(config, mixture, base, world)
     return CheckpointWriter(config, model_config, processor, base, world, identity)
+
+
+def open_sentinel(config: OpsdConfig, world: World) -> Sentinel:
+    """The sentinel of a run, with what it had seen where that is resumed."""
+    start, _ = find_resumable(config)
+    # none in a state of an earlier version; it begins with the next look then
+    seen = read_trainer(start.folder / STATE).get("sentinel", {}) if start.folder else {}
+    setting = Setting(
+        config.validation.sentinel,
+        config.optim.total_steps,
+        config.run.log_every * config.run.global_batch,
+        world.is_main,
+    )
+    return restored(setting, seen)
 
 
 def observe_draws(metrics: MetricLogger, rows: list[tuple[int, Drawn]]) -> None:

@@ -3,7 +3,7 @@
     student/ optimizer/ [ema/]    float32 weights (masters, where there are any), AdamW moments,
                                   EMA teacher
     trainer.json                  step, identity of the run, metrics not reported yet, what was
-                                  validated so far, file sizes
+                                  validated and what the sentinel saw so far, file sizes
 
 Tensors go through torch.distributed.checkpoint: every process writes its share, and any number of
 processes, sharded in any way, reads what it needs. They are stored as safetensors and the rest as
@@ -11,7 +11,7 @@ json, so nothing is unpickled; still, a state is to be trusted like code, and on
 --resume reads it.
 
 Random streams and the order of records are functions of (seed, step, row), and so is the learning
-rate of the step: none of them has state. Nor has the count of skipped rows that stops a run.
+rate of the schedule: none of them has state. Nor has the count of skipped rows that stops a run.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from torch.optim import AdamW
 
 from data.mixture import Mixture
 from modeling.pretrained import WeightFiles
-from train.config import DTYPES, TrainConfig, UsageError
+from train.config import DTYPES, OpsdConfig, TrainConfig, UsageError
 from train.metrics import Pairs, add_pairs, gather_from_ranks
 from train.parallel import World
 from train.records import write_atomic
@@ -54,8 +54,10 @@ FREE = frozenset(
     + ["preset", "results_dir", "checkpoint_dir", "overwrite", "resume", "micro_batch"]
     + ["num_shard", "save_every", "save_dtype", "save_state", "keep_last", "log_every"]
     + ["progress", "tensorboard_dir", "wandb_project", "launch_gates"]
-    + ["validate_every", "validation_samples", "adam_moments"]
+    + ["validate_every", "validation_samples", "sentinel", "adam_moments"]
 )
+# With --sentinel lower_lr the learning rate depends on what is looked at, and when.
+LOOKS = ("sentinel", "log_every", "validate_every", "validation_samples")
 SMALL_FILES = ("llm_config.json", "vit_config.json", "tokenizer.json", "preprocessor_config.json")
 AUTOENCODER = ("vae_config.json", "ae.safetensors")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weight file
@@ -67,6 +69,7 @@ class Progress:
 
     pending: Pairs  # this rank's metrics since the last report
     validation: dict[str, Any]  # see `Validation.progress`, the same on all ranks
+    sentinel: dict[str, Any]  # see `Sentinel.progress`, the same on all ranks
 
 
 def run_identity(
@@ -79,7 +82,9 @@ def run_identity(
     """
     sections = (getattr(config, field.name) for field in dataclasses.fields(config))
     flags = [pair for section in sections for pair in dataclasses.asdict(section).items()]
-    identity = {f"--{name}": value for name, value in flags if name not in FREE}
+    lowers = isinstance(config, OpsdConfig) and config.validation.sentinel == "lower_lr"
+    free = FREE.difference(LOOKS) if lowers else FREE
+    identity = {f"--{name}": value for name, value in flags if name not in free}
     names = {dtype: name for name, dtype in DTYPES.items()}
     identity["--compute_dtype"] = names[world.compute_dtype]
     identity["contents of --model_path"] = _fingerprint(Path(config.model.model_path), base)
@@ -135,6 +140,7 @@ def save_state(
             "updates": updates,
             "pending": everyone,
             "validation": progress.validation,
+            "sentinel": progress.sentinel,
             "files": _sizes(folder),
         }
         write_atomic(folder / "trainer.json", json.dumps(trainer, indent=1) + "\n")

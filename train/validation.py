@@ -5,6 +5,7 @@ The probe set is a stratified sample of the validation split that depends on --d
     accuracy    of greedy decoding after C_S; an answer that cannot be parsed is wrong
     K_gen       Eq. 4 on the data set's own text, as "post" of Eq. 9: the frozen base under C_T with
                 the real visual thoughts against the current student under C_S
+    k_gen_of    the same KL per class of token (data/token_classes.py), mean over its tokens
     gap closed  1 - K_gen / K_gen of the base on both sides
 
 The teacher of K_gen is where training began, not the EMA teacher: that one moves, and a distance to
@@ -34,6 +35,7 @@ from data.example import DataError, Example, Fields
 from data.mixture import Mixture
 from data.parquet import ParquetSource, RowReader, find_files, iter_examples, resolve_root
 from data.processor import Processor
+from data.token_classes import CLASSES, TokenClass, TokenClassifier
 from modeling.generation import SamplingParams, generate
 from train.checkpoint import CheckpointWriter
 from train.config import OpsdConfig, UsageError
@@ -50,6 +52,7 @@ from train.records import (
     run_info,
     write_records,
 )
+from train.sentinel import Sentinel
 from train.state import STATE, read_trainer
 
 SPLIT = "validation"
@@ -66,6 +69,7 @@ class Probe:
     index: int  # in the whole set
     example: Example  # without its visual thoughts, which only the reference needs
     completion: TokenIds
+    classes: tuple[TokenClass, ...]  # of the completion's tokens
     reference: Tensor  # (T + 1, D) hidden states of the base under C_T
 
 
@@ -80,9 +84,11 @@ class Outcome:
     budget_rate: float  # 0 or 1: the completion was cut off
     mean_tokens: float  # of the decoded completion
     k_gen: float  # nats per token
+    of_class: dict[TokenClass, list[float]]  # KL_t by class of token
 
 
 MEASURES = ("accuracy", "unparsed_rate", "budget_rate", "mean_tokens", "k_gen")
+BY_CLASS = "k_gen_of/"  # begins the names of its means by class of token
 
 
 class Validation:
@@ -109,12 +115,17 @@ class Validation:
         return every > 0 and (step % every == 0 or step == self.config.optim.total_steps)
 
     def after(
-        self, step: int, student: nn.Module, ema: nn.Module | None, metrics: MetricLogger
+        self,
+        step: int,
+        student: nn.Module,
+        ema: nn.Module | None,
+        metrics: MetricLogger,
+        sentinel: Sentinel,
     ) -> None:
         """Measure the student if it is due after `step` updates, and keep it if it is the best.
 
         The best has the highest accuracy, at equal accuracy the lowest K_gen; of equal ones the
-        first stays. Collective.
+        first stays. The sentinel has a look at the scores. Collective.
 
         Raises:
             NonFiniteError: K_gen is NaN or infinite.
@@ -130,8 +141,11 @@ class Validation:
             for name in ("accuracy", "k_gen", "gap_closed")
             for task, values in scores.items()
         }
-        metrics.validated(step, shown)
+        shown |= {n: v for n, v in scores[OVERALL].items() if n.startswith(BY_CLASS)}
         self._say(step, scores[OVERALL], " (best so far)" if better else "")
+        earlier = [self.scores[s][OVERALL] for s in sorted(self.scores) if s < step]
+        shown |= sentinel.validation(step, earlier, scores[OVERALL])
+        metrics.validated(step, shown)
         if better:
             self.best = key
             self.writer.save_best(step, student, ema)
@@ -154,9 +168,13 @@ class Validation:
             write_records(self._file, self.records)
         return scores
 
-    def progress(self) -> dict[str, Any]:
-        """What a resumed run needs, for its state."""
-        return {"probe_set": self.probe_set, "scores": self.scores}
+    def progress(self, step: int) -> dict[str, Any]:
+        """What a run that is resumed after `step` updates needs, for its state.
+
+        It begins with the validation that is due then, so this one is left out.
+        """
+        before = {s: scores for s, scores in self.scores.items() if s < step}
+        return {"probe_set": self.probe_set, "scores": before}
 
     def go_on(self, start: Start) -> None:
         """Take over what the run had measured; measure the base if that is missing. Collective.
@@ -217,6 +235,7 @@ class Validation:
                 budget_rate=float(rollout.ended_by == "budget"),
                 mean_tokens=float(len(rollout.token_ids)),
                 k_gen=sum(kl) / len(kl),
+                of_class=_by_class(probe.classes, kl),
             )
 
     def _kls(self, probes: Sequence[Probe]) -> TokenKL:
@@ -278,15 +297,37 @@ def open_validation(
 
 
 def summarise(outcomes: Sequence[Outcome]) -> Scores:
-    """Means per task, then over tasks, each task counting the same; "n" counts rows."""
+    """Means per task, then over tasks, each task counting the same; "n" counts rows.
+
+    Those by class of token are over its tokens in a task, then over the tasks that have any.
+    """
     tasks = dict.fromkeys(outcome.task for outcome in outcomes)
     scores: Scores = {}
     for task in tasks:
         rows = [outcome for outcome in outcomes if outcome.task == task]
         scores[task] = {"n": len(rows)}
         scores[task] |= {name: fmean(getattr(row, name) for row in rows) for name in MEASURES}
+        scores[task] |= _class_means(rows)
     overall = {name: fmean(scores[task][name] for task in tasks) for name in MEASURES}
+    for name in (BY_CLASS + token_class for token_class in CLASSES):
+        if found := [scores[task][name] for task in tasks if name in scores[task]]:
+            overall[name] = fmean(found)
     return {**scores, OVERALL: {"n": len(outcomes), **overall}}
+
+
+def _by_class(
+    classes: Sequence[TokenClass], values: Sequence[float]
+) -> dict[TokenClass, list[float]]:
+    found: dict[TokenClass, list[float]] = {}
+    for token_class, value in zip(classes, values, strict=True):
+        found.setdefault(token_class, []).append(value)
+    return found
+
+
+def _class_means(rows: Sequence[Outcome]) -> dict[str, float]:
+    """Means over all tokens of a class; a class without any has none."""
+    pooled = {name: [v for row in rows for v in row.of_class.get(name, ())] for name in CLASSES}
+    return {BY_CLASS + name: fmean(values) for name, values in pooled.items() if values}
 
 
 @torch.no_grad()
@@ -297,20 +338,24 @@ def _probes(
     a hash of the whole set.
     """
     world, processor = writer.world, writer.processor
+    classes_of = TokenClassifier(processor.tokenizer)
     mine, probes, digest = [], [], hashlib.sha256()
     for index, example in enumerate(_examples(writer.config, mixture, world.is_main)):
         digest.update(f"{example.key}\n{example.question}\n{example.answer}\n".encode())
         if index % world.size == world.rank:
             mine.append((index, example))
         if len(mine) == writer.config.run.micro_batch:
-            probes += _scored(mine, actor, processor)
+            probes += _scored(mine, actor, processor, classes_of)
             mine = []
-    probes += _scored(mine, actor, processor) if mine else []
+    probes += _scored(mine, actor, processor, classes_of) if mine else []
     return probes, digest.hexdigest()[:12]
 
 
 def _scored(
-    rows: list[tuple[int, Example]], actor: RolloutCopy, processor: Processor
+    rows: list[tuple[int, Example]],
+    actor: RolloutCopy,
+    processor: Processor,
+    classes_of: TokenClassifier,
 ) -> list[Probe]:
     completions = [tuple(reference_completion(example, processor)) for _, example in rows]
     contexts = [teacher_context(example, processor) for _, example in rows]
@@ -318,7 +363,13 @@ def _scored(
     hidden = completion_rows(actor.model, contexts, completions, special).hidden.cpu()
     parts = hidden.split([len(token_ids) + 1 for token_ids in completions])
     return [
-        Probe(index, dataclasses.replace(example, visual_thoughts=()), token_ids, part.clone())
+        Probe(
+            index,
+            dataclasses.replace(example, visual_thoughts=()),
+            token_ids,
+            tuple(classes_of(token_ids)),
+            part.clone(),
+        )
         for (index, example), token_ids, part in zip(rows, completions, parts, strict=True)
     ]
 
