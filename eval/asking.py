@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data.streams import stream_seed
+from eval.backends.bagel import QUESTION_ALONE
 from eval.benchmarks import PAPER, Dataset
 from eval.predictions import Key, PredictionStore, check_settings
 from eval.sample import Reply, Sample, System
@@ -217,7 +218,7 @@ def check_asked(config: SystemConfig, dataset: Dataset) -> None:
     """Raise UsageError for a context that shows visual thoughts on a benchmark without any."""
     if config.kind != "bagel" or dataset.name not in PAPER:
         return
-    if config.model.context not in ("student", "interleaved"):
+    if config.model.context not in QUESTION_ALONE:
         raise UsageError(
             f"{config.name}: context {config.model.context} is made of the visual thoughts of a "
             f"data set, and {dataset.name} has none: ask it on data sets of the training schema, "

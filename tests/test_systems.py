@@ -117,6 +117,7 @@ def test_what_is_random_has_runs() -> None:
     warm = dataclasses.replace(greedy, decoding=Decoding(temperature=0.3))
     assert [name for name in known_systems() if is_sampled(system_config(name), greedy)] == [
         "gpt-5", "interleaved-true", "teacher-crop", "teacher-noise", "thinkmorph",
+        "thinkmorph-noise", "thinkmorph-none", "thinkmorph-shuffled",
     ]  # fmt: skip
     assert all(is_sampled(system_config(name), warm) for name in known_systems())
 

@@ -1,7 +1,7 @@
 """Checkpoints of this project as systems: text-only, interleaved, or shown visual thoughts.
 
-The context says what the model sees. `student` and the two interleaved ones answer any benchmark;
-the others need the visual thoughts of a training data set.
+The context says what the model sees. Those of QUESTION_ALONE answer any benchmark; the others need
+the visual thoughts of a training data set.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Literal
 import PIL.Image
 import torch
 
-from data.contexts import prompt_context, teacher_context, with_suffix
+from data.contexts import drawing_size, prompt_context, teacher_context, with_suffix
 from data.controls import CONTROLS, Control, controlled
 from data.example import DataError, Example
 from data.processor import Processor, check_image_limits
@@ -23,19 +23,33 @@ from eval.protocol import Decoding, Layout, Protocol
 from eval.sample import Piece, Reply, Sample
 from eval.session import announce, pick_dtype, synchronize
 from inferencer import Interleaved, InterleaveInferencer, InterleaveParams
-from modeling.generation import Rollout, SamplingParams
+from modeling.bagel import NoGenerationError
+from modeling.drawing import encode, latent_segment, noise_like
+from modeling.generation import (
+    IMAGE_REQUEST,
+    Rollout,
+    SamplingParams,
+    extend,
+    open_cache,
+)
 from modeling.pretrained import Weights
-from modeling.sequence import Segment
+from modeling.sequence import Gap, Segment, Text, segment_length
 from train.config import UsageError
 
 Context = Literal[
     "student", "teacher", "teacher_noise", "teacher_shuffled", "teacher_blank", "teacher_problem",
-    "teacher_crop", "prompts_only", "interleaved", "interleaved_true",
+    "teacher_crop", "prompts_only", "interleaved", "interleaved_true", "interleaved_noise",
+    "interleaved_shuffled", "interleaved_none",
 ]  # fmt: skip
 # Context of the teacher -> its visual thoughts.
 SHOWN = {"teacher": "real", "teacher_noise": "noise", "prompts_only": "none"}
 CONTROLLED: dict[str, Control] = {f"teacher_{control}": control for control in CONTROLS}
-DRAWN = ("interleaved", "interleaved_true")
+# Contexts that see pictures as latents too, whose encoding is random; not all of them draw.
+DRAWN = (
+    "interleaved", "interleaved_true", "interleaved_noise", "interleaved_shuffled",
+    "interleaved_none",
+)  # fmt: skip
+QUESTION_ALONE = ("student", "interleaved", "interleaved_noise", "interleaved_none")
 PLACEHOLDER = "<img><|image_{}|></img>"
 
 
@@ -46,8 +60,10 @@ class BagelConfig:
     context: `student` (the question), `teacher` (the visual thoughts of the data set as well),
         `teacher_noise`, `teacher_shuffled`, `teacher_blank`, `teacher_problem`, `teacher_crop`
         (other pictures in their place, data/controls.py), `prompts_only` (the teacher's prompts
-        without images), `interleaved` (it draws its visual thoughts), `interleaved_true` (it is
-        shown those of the data set in their place).
+        without images), `interleaved` (it draws its visual thoughts). Whenever it asks for one, it
+        is instead shown with `interleaved_true` those of the data set, with `interleaved_noise`
+        Gaussian noise, with `interleaved_shuffled` those of another row, with `interleaved_none`
+        nothing. Everything else is as with `interleaved`, seeds included.
     weights: of that folder.
     """
 
@@ -129,20 +145,61 @@ class BagelSystem:
         return [_reply(c.text, [c.rollout], skips=c.rollout.skips) for c in completions]
 
     def _draw(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Reply]:
+        answers = self.interleave(samples, seeds)
+        none = self.context == "interleaved_none"
+        return [
+            _reply(a.text, a.rollouts, len(a.rollouts) - 1 if none else 0, a.pictures)
+            for a in answers
+        ]
+
+    def interleave(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Interleaved]:
+        """Answers of a context of DRAWN, with the pictures that the model was shown."""
+        params = self._interleaving
+        inputs = [self.pieces(sample) for sample in samples]
+        if self.context == "interleaved_true":
+            return self._shown(inputs, params, seeds, samples)
+        if self.context == "interleaved_none":
+            return interleave_without(self.inferencer, inputs, params, seeds)
+        given = None
+        if self.context != "interleaved":
+            given = [
+                self._instead(*row, params) for row in zip(samples, inputs, seeds, strict=True)
+            ]
+        return self.inferencer.interleave_batch(inputs, params, seeds, given=given)
+
+    @property
+    def _interleaving(self) -> InterleaveParams:
         protocol = self.protocol
-        params = InterleaveParams(
+        return InterleaveParams(
             protocol.decoding.max_new_tokens,
             protocol.decoding.temperature,
             protocol.drawing.max_rounds,
             protocol.drawing.params(),
         )
-        layout, processor = protocol.prompt.layout, self.inferencer.processor
-        inputs = [with_suffix(arranged(sample.prompt, layout), processor) for sample in samples]
-        if self.context == "interleaved":
-            answers = self.inferencer.interleave_batch(inputs, params, seeds)
-        else:
-            answers = self._shown(inputs, params, seeds, samples)
-        return [_reply(a.text, a.rollouts, pictures=a.pictures) for a in answers]
+
+    def pieces(self, sample: Sample) -> list[Piece]:
+        """Texts and pictures of a sample as a context of DRAWN has them."""
+        layout = self.protocol.prompt.layout
+        return with_suffix(arranged(sample.prompt, layout), self.inferencer.processor)
+
+    def _instead(
+        self, sample: Sample, pieces: Sequence[Piece], seed: int, params: InterleaveParams
+    ) -> list[PIL.Image.Image]:
+        """As many pictures as the model may ask for, in the size of those that it would draw."""
+        images = [piece for piece in pieces if not isinstance(piece, str)]
+        height, width = params.image_shape
+        if images:
+            width, height = self.inferencer.processor.vae_transform.size(*images[-1].size)
+        rounds = range(params.max_rounds)
+        if self.context == "interleaved_noise":
+            seeds = [stream_seed(seed, "noise", number) for number in rounds]
+            return [noise_picture((width, height), noise_seed) for noise_seed in seeds]
+        self._row(sample)
+        others = self._other(sample).visual_thoughts
+        return [
+            others[number % len(others)].resize((width, height), PIL.Image.Resampling.BICUBIC)
+            for number in rounds
+        ]
 
     def _shown(
         self,
@@ -189,14 +246,18 @@ class BagelSystem:
         first = limits is not None and limits.resize_first
         return processor.vae_transform.resize(piece) if first else piece
 
-    def _example(self, sample: Sample) -> Example:
-        """The training row of a sample, with the visual thoughts that the context needs."""
-        example = sample.example
-        if example is None:
+    def _row(self, sample: Sample) -> Example:
+        """The training row of a sample."""
+        if sample.example is None:
             raise UsageError(
                 f"{self.name}: context {self.context} shows visual thoughts, and {sample.benchmark}"
                 " has none: evaluate it on data sets of the training schema, such as mini"
             )
+        return sample.example
+
+    def _example(self, sample: Sample) -> Example:
+        """The training row of a sample, with the visual thoughts that the context needs."""
+        example = self._row(sample)
         if not example.visual_thoughts and self.context != "prompts_only":
             raise DataError(
                 f"{self.name}: context {self.context} needs visual thoughts, and row {sample.id} "
@@ -214,6 +275,89 @@ class BagelSystem:
                 f"and the one beside {sample.id} of {sample.benchmark} has none"
             )
         return other
+
+
+def noise_picture(size: tuple[int, int], seed: int) -> PIL.Image.Image:
+    """A picture (width, height) of Gaussian noise, which VAE and image encoder then see like any.
+
+    Pixel channels are standard normal in normalised space, cut to the [-1, 1] that a picture can
+    hold (a third of them) and rounded to 8 bits.
+    """
+    pixels = noise_like((size[1], size[0], 3), seed).clamp(-1, 1)
+    return PIL.Image.fromarray(((pixels * 0.5 + 0.5) * 255).round().byte().numpy())
+
+
+def interleave_without(
+    inferencer: InterleaveInferencer,
+    inputs: Sequence[Sequence[Piece]],
+    params: InterleaveParams,
+    seeds: Sequence[int],
+) -> list[Interleaved]:
+    """`interleave_batch` with nothing where a picture would be: the positions of its latents and
+    its patches stay empty, and the model writes on. Budget and seed of each text are those there.
+    """
+    tokenizer, model = inferencer.processor.tokenizer, inferencer.model
+    texts: list[list[str]] = [[] for _ in inputs]
+    rollouts: list[list[Rollout]] = [[] for _ in inputs]
+    contexts = [interleaved_context(inferencer, *row) for row in zip(inputs, seeds, strict=True)]
+    cache = open_cache(model, contexts, tokenizer.special, room=0)
+    sampling = SamplingParams(params.max_new_tokens, params.temperature, 0)
+    active = list(range(len(inputs)))
+    for number in range(params.max_rounds + 1):
+        streams = [stream_seed(seeds[row], "rollout", number) for row in active]
+        written = inferencer.write_round(cache, sampling, streams)
+        for row, rollout in zip(active, written, strict=True):
+            rollouts[row].append(rollout)
+            texts[row].append(tokenizer.decode(rollout.token_ids))
+        places = [i for i, row in enumerate(active) if IMAGE_REQUEST in texts[row][-1]]
+        if number == params.max_rounds or not places:
+            break
+        active = [active[i] for i in places]
+        spoken = [[Text(rollouts[row][-1].token_ids), Gap(), Gap()] for row in active]
+        room = max(sum(map(segment_length, row)) for row in spoken)
+        cache = cache.select(places, cache.extent + room)
+        extend(model, cache, spoken, tokenizer.special)
+    pairs = zip(texts, rollouts, strict=True)
+    return [Interleaved(tuple(pieces), tuple(found)) for pieces, found in pairs]
+
+
+def interleaved_context(
+    inferencer: InterleaveInferencer, pieces: Sequence[Piece], seed: int
+) -> list[Segment]:
+    """What `interleave_batch` shows a model first: [sys, texts and pictures in order]."""
+    encode_text = inferencer.processor.tokenizer.encode
+    segments: list[Segment] = []
+    if inferencer.processor.prompts.system:
+        segments.append(Text(tuple(encode_text(inferencer.processor.prompts.system))))
+    images = 0
+    for piece in pieces:
+        if isinstance(piece, str):
+            segments += [Text(tuple(encode_text(piece)))] if piece else []
+        else:
+            segments += picture_segments(inferencer, piece, seed, -images)
+            images += 1
+    return segments
+
+
+def picture_segments(
+    inferencer: InterleaveInferencer, picture: PIL.Image.Image, seed: int, number: int
+) -> list[Segment]:
+    """Latents and patches of a picture. number: 1 .. of those that were drawn, 0, -1 .. of those
+    that were given; it keys the noise of the encoding.
+
+    Raises:
+        NoGenerationError: the inferencer was opened without its VAE.
+    """
+    if inferencer.vae_model is None:
+        raise NoGenerationError("this inferencer has no VAE: open the checkpoint with draws=True")
+    processor, config = inferencer.processor, inferencer.vae_model.config
+    picture = drawing_size(picture, processor)
+    pixels = processor.vae_transform(picture)[None]
+    sides = (side // config.downsample for side in pixels.shape[-2:])
+    noise = inferencer.noise((config.z_channels, *sides), seed, "vae", number)
+    latents = encode(inferencer.vae_model, pixels, noise[None])[0].cpu()
+    seen = processor.transform.segment(picture)
+    return [latent_segment(latents, inferencer.model.config.latent_patch_size), seen]
 
 
 def check_limits(model_path: str, protocol: Protocol) -> None:
