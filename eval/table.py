@@ -183,7 +183,7 @@ def comparisons(rows: Sequence[Row], baseline: str) -> tuple[list[str], Cells]:
         for task in row.tasks if row is not base else []:
             if task not in base.records:
                 continue
-            pair = paired(_results(row, task), _results(base, task))
+            pair = paired(results_of(row, task), results_of(base, task))
             difference = pair.difference
             cells[f"{row.name}, {task}"] = [
                 str(pair.n),
@@ -196,14 +196,17 @@ def comparisons(rows: Sequence[Row], baseline: str) -> tuple[list[str], Cells]:
     return header, cells
 
 
-def _results(row: Row, task: str) -> dict[str, bool]:
-    """Unit -> whether it is right, of the first run."""
+def results_of(row: Row, task: str) -> dict[str, bool]:
+    """Question -> whether it is right, of the first run; rotations and pairs as they are scored.
+
+    Raises:
+        UsageError: the predictions are gone.
+    """
     file = row.folder / task / PREDICTIONS
     if not file.is_file():
         raise UsageError(f"{file} is gone: score again with eval.scores, or answer it again")
-    records = read_records(file)
-    rows = [scored(record) for record in records if record["values"]["run"] == 0]
-    partial = read_settings(row.folder / task)["settings"]["limit"] is not None
+    rows = [scored(record) for record in read_records(file) if record["values"]["run"] == 0]
+    partial = read_settings(file.parent)["settings"]["limit"] is not None
     return unit_results(task, rows, partial)
 
 
