@@ -6,23 +6,23 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eval.figure_style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, VERMILLION
 from eval.statistics import OVERALL
 
-# Colours of Okabe and Ito, which stay apart for colour-blind eyes; one per arm, in both panels.
-# Filled bars answer from text alone, hollow ones have visual thoughts in their context.
+# One colour per arm, in both panels. Filled bars answer from text alone, hollow ones have visual
+# thoughts in their context.
 STYLES = {
-    "base": {"color": "#999999"},
-    "opsd": {"color": "#0072b2"},
-    "noise": {"color": "#e69f00"},
-    "base_vt": {"facecolor": "none", "edgecolor": "#009e73", "linewidth": 1.5},
+    "base": {"color": GREY},
+    "opsd": {"color": BLUE},
+    "noise": {"color": ORANGE},
+    "base_vt": {"facecolor": "none", "edgecolor": GREEN, "linewidth": 1.5},
     "base_noise_vt": {
         "facecolor": "none",
-        "edgecolor": "#d55e00",
+        "edgecolor": VERMILLION,
         "linewidth": 1.5,
         "hatch": "///",
     },
 }
-INK, FAINT = "#333333", "#dddddd"
 GROUP = 0.86  # width of a group of bars; the next one begins at 1
 APART = 0.25  # further distance of the last group, "overall"
 

@@ -17,10 +17,11 @@ class Results:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._records: dict[str, list[Record]] = {}
+        self._files: dict[str, bytes] = {}
 
     @property
     def read(self) -> list[str]:
-        return list(self._records)
+        return [*self._records, *self._files]
 
     def has(self, file: str) -> bool:
         return (self.root / file).is_file()
@@ -29,17 +30,27 @@ class Results:
         """All records of a file.
 
         Raises:
-            NotRun: it is not there, or empty.
+            NotRun: it is not there.
         """
         if file not in self._records:
             path = self.root / file
             if not path.is_file():
                 raise NotRun(file)
-            records = read_records(path)
-            if not records:
-                raise NotRun(file)
-            self._records[file] = records
+            self._records[file] = read_records(path)
         return self._records[file]
+
+    def content(self, file: str) -> bytes:
+        """A file that is no record, e.g. a picture.
+
+        Raises:
+            NotRun: it is not there.
+        """
+        if file not in self._files:
+            path = self.root / file
+            if not path.is_file():
+                raise NotRun(file)
+            self._files[file] = path.read_bytes()
+        return self._files[file]
 
     def record(self, file: str, task: str = OVERALL, **fields: Any) -> Record:
         """The one record of a task whose other fields (id, system, step) are as given.

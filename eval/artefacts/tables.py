@@ -1,0 +1,301 @@
+"""Tables 1 to 6 of the paper, and the paired tests that it lacks."""
+
+from collections.abc import Sequence
+
+from eval.artefacts.model import Cell, Measured, Table, measured, missing
+from eval.artefacts.results import OVERALL
+from eval.artefacts.runs import (
+    MEAN,
+    Paired,
+    Runs,
+    from_paper,
+    p_value,
+    paper_values,
+    scores_of,
+    titled,
+)
+from eval.experiments import PAIRS
+
+SYSTEMS = {  # folder -> title, in the order of Table 2
+    "bagel": "BAGEL: before it drew",
+    "thinkmorph": "ThinkMorph: draws its VTs",
+    "base": "ThinkMorph, text-only: the untrained student",
+    "sft": "text-only SFT, from BAGEL",
+    "sft_base": "text-only SFT, from ThinkMorph",
+    "noise": "Visual-OPSD-Noise",
+    "opsd": "Visual-OPSD",
+}
+TIMED = {  # folder -> its row in the comparison of seconds
+    "thinkmorph": "base, interleaved",
+    "base": "base, text-only",
+    "sft": "sft, text-only",
+    "opsd": "opsd, text-only",
+}
+CATEGORIES = ("Visual_Search", "Spatial_Navigation", "Chart_Refocus", "Jigsaw_Assembly", OVERALL)
+PAPERS = "paper"
+
+
+def table1(runs: Runs) -> Table:
+    """K_gen before training."""
+    rows = []
+    for task in CATEGORIES:
+        values = [runs.found(lambda t=task, s=s: _rows(runs, s, t)) for s in runs.seeds]
+        n: Cell = missing() if None in values else measured(sum_of(values), "{:.0f}", False)
+        k = runs.cell(lambda s, t=task: gap(runs, s, "pre", t), "{:.3f}")
+        rows.append((titled(task), n, k, from_paper("table1", task)))
+    header = ("task", "samples, all seeds", "K_gen, nats per token", PAPERS)
+    note = (
+        "Mean ± sd over seeds, full vocabulary, on data set texts; the paper's is of a 7B model on "
+        "another completion grammar: magnitudes do not compare."
+    )
+    return Table("table1", "K_gen of the base", header, tuple(rows), note)
+
+
+def _rows(runs: Runs, seed: int, task: str) -> Measured:
+    return runs.results.value(f"seed{seed}/kl/summary.json", "n", task=task)
+
+
+def sum_of(values: Sequence[Measured]) -> Measured:
+    sources = tuple(source for value in values for source in value.sources)
+    return Measured(sum(value.value for value in values), sources)
+
+
+def gap(runs: Runs, seed: int, measure: str, task: str = OVERALL, folder: str = "kl") -> Measured:
+    """A mean KL of the diagnostic, nats per token."""
+    return runs.results.value(f"seed{seed}/{folder}/summary.json", measure, task=task)
+
+
+def closed(
+    runs: Runs, seed: int, student: str, task: str = OVERALL, folder: str = "kl"
+) -> Measured:
+    """Share of the gap that a student closed, in %."""
+    file = f"seed{seed}/{folder}/summary.json"
+    return runs.results.value(file, "gap_closed", student, task=task).scaled(100)
+
+
+def table2(runs: Runs) -> list[Table]:
+    """Accuracy and seconds of all systems; the paired tests; the paper's own table."""
+    names = runs.columns("systems", list(SYSTEMS))
+    rows = []
+    for system, title in SYSTEMS.items():
+        cells: list[Cell] = [
+            runs.cell(runs.accuracy("systems", system, column)) for column in names
+        ]
+        paper: Cell = from_paper("table2", system, place=-1)
+        if system == "base":
+            paper = from_paper("text_only")
+        rows.append((title, *cells, seconds_cell(runs, system), paper, _paper_seconds(system)))
+    header = ("system", *map(titled, names), "s per sample", "paper Avg", "paper s")
+    note = (
+        "Accuracy in %, greedy, mean ± sd over seeds. Seconds: median of single samples on this "
+        "machine, without guidance. In the miniature, BAGEL is a model with random weights, and "
+        "SFT has the reference texts, which OPSD never sees."
+    )
+    main = Table("table2", "Accuracy and seconds", header, tuple(rows), note)
+    return [main, paired_table(runs, "table2_paired", PAIRS), papers_table2()]
+
+
+def seconds_cell(runs: Runs, system: str) -> Cell:
+    if system not in TIMED:
+        return "–"
+    return runs.single(lambda: seconds(runs, system), "{:.4f}")
+
+
+def seconds(runs: Runs, system: str) -> Measured:
+    """Median seconds of a single sample, in the first seed's run."""
+    return runs.results.value("latency/table.json", "seconds", id=TIMED[system])
+
+
+def _paper_seconds(system: str) -> Cell:
+    return from_paper("seconds", system, form="{:.1f}")
+
+
+def paired_table(runs: Runs, name: str, pairs: Sequence[str]) -> Table:
+    """Differences of the means with interval, exact test and the value of each seed."""
+    rows = []
+    for pair in pairs:
+        first, second = pair.split(":")
+        found = runs.found(lambda a=first, b=second: runs.paired(a, b))
+        rows.append((f"{first} - {second}", *_paired_cells(found)))
+    header = ("pair", "points (95 %)", "by seed", "only first", "only second", "p")
+    note = (
+        "Questions of all seeds. Interval and exact McNemar test are over questions, not over "
+        "training runs; the column by seed shows how far those differ."
+    )
+    return Table(name, "Paired tests", header, tuple(rows), note)
+
+
+def _paired_cells(found: Paired | None) -> tuple[Cell, ...]:
+    if found is None:
+        return (missing(),) * 5
+    sources = found.difference.sources
+    counts = (Measured(float(n), sources) for n in (found.only_first, found.only_second))
+    return (
+        measured(found.difference, "{:+.1f}"),
+        ", ".join(f"{value:+.1f}" for value in found.per_seed),
+        *(measured(count, "{:.0f}") for count in counts),
+        p_value(found.p),
+    )
+
+
+def wins(runs: Runs) -> Table:
+    """Questions that one of student and drawing model got right, per task."""
+    tasks = runs.found(lambda: runs.results.tasks("seed0/pairs.json")) or []
+    rows = []
+    for task in [*tasks, OVERALL]:
+        found = runs.found(lambda t=task: runs.paired("opsd", "thinkmorph", t))
+        rows.append((titled(task), *_paired_cells(found)))
+    header = ("task", "points (95 %)", "by seed", "only OPSD", "only ThinkMorph", "p")
+    title = "Visual-OPSD minus ThinkMorph, question by question"
+    return Table("figure5", title, header, tuple(rows), "Questions of all seeds.")
+
+
+def papers_table2() -> Table:
+    names = paper_values()["table2"]["columns"]
+    systems = [system for system in SYSTEMS if system in paper_values()["table2"]]
+    rows = tuple(
+        (SYSTEMS[s], *(from_paper("table2", s, place=i) for i in range(len(names))))
+        for s in systems
+    )
+    note = "Copied from the paper, of a 7B model on nine benchmarks; not a result of this code."
+    return Table("table2_paper", "The paper's own Table 2", ("system", *names), rows, note)
+
+
+def table3(runs: Runs) -> Table:
+    """What the teacher sees decides: nothing, noise, real VTs."""
+    variants = {
+        "base": ("untrained student", "-"),
+        "sft": ("text-only SFT, from BAGEL", "none"),
+        "noise": ("Visual-OPSD-Noise", "Gaussian noise"),
+        "opsd": ("Visual-OPSD", "real"),
+    }
+    names = runs.columns("systems", list(variants))
+    rows = []
+    for system, (title, shown) in variants.items():
+        cells = [runs.cell(runs.accuracy("systems", system, column)) for column in names]
+        above = [_difference(runs, system, other) for other in ("sft", "base")]
+        paper = from_paper("table2", system, place=-1)
+        rows.append((title, shown, *cells, *above, paper))
+    header = (
+        "variant",
+        "teacher's VTs",
+        *map(titled, names),
+        "- SFT",
+        "- untrained",
+        "paper Avg †",
+    )
+    return Table("table3", "VT quality", header, tuple(rows), "Accuracy in %, points.")
+
+
+def _difference(runs: Runs, system: str, other: str) -> Cell:
+    """Points over another system, mean and spread over seeds."""
+    if system == other or (system == "base" and other == "sft"):
+        return "–"
+    return runs.cell(lambda seed: points_above(runs, seed, system, other), "{:+.1f}")
+
+
+def points_above(
+    runs: Runs, seed: int, system: str, other: str, column: str = MEAN, folder: str = "systems"
+) -> Measured:
+    """Accuracy minus that of another system, of one seed."""
+    a, b = (runs.accuracy(folder, name, column)(seed) for name in (system, other))
+    return Measured(a.value - b.value, tuple(dict.fromkeys((*a.sources, *b.sources))))
+
+
+def table4(runs: Runs) -> Table:
+    """Output tokens per answer."""
+    systems = ("opsd", "thinkmorph", "sft", "base")
+    file = next(
+        (f for f in (scores_of(0, "systems", s) for s in systems) if runs.results.has(f)), ""
+    )
+    tasks = [*runs.results.tasks(file), OVERALL] if file else [OVERALL]
+    rows = []
+    for task in tasks:
+        cells = [
+            runs.cell(
+                lambda seed, s=s, t=task: runs.results.value(
+                    scores_of(seed, "systems", s), "mean_tokens", task=t
+                )
+            )
+            for s in systems
+        ]
+        rows.append((titled(task), *cells))
+    paper = ("paper's average", *(from_paper("tokens", s, form="{:.1f}") for s in systems))
+    header = ("benchmark", *(SYSTEMS[s] for s in systems))
+    note = (
+        "Generated tokens, without turn tokens and without diffusion steps; mean ± sd over seeds."
+    )
+    return Table("table4", "Output tokens per answer", header, (*rows, paper), note)
+
+
+def table5(runs: Runs) -> list[Table]:
+    """Gap closing (Eq. 9) on data set texts and on the base's own samples."""
+    return [
+        _closing(runs, "table5", "kl", "on data set texts"),
+        _closing(runs, "table5_own", "kl_own", "on the base's own samples"),
+    ]
+
+
+def _closing(runs: Runs, name: str, folder: str, where: str) -> Table:
+    rows = []
+    for task in CATEGORIES:
+        cells: list[Cell] = [runs.cell(lambda s, t=task: gap(runs, s, "pre", t, folder), "{:.3f}")]
+        for student in ("noise", "sft_base", "opsd"):
+            post = f"post:{student}"
+            cells.append(runs.cell(lambda s, t=task, m=post: gap(runs, s, m, t, folder), "{:.3f}"))
+            cells.append(
+                runs.cell(lambda s, t=task, n=student: closed(runs, s, n, t, folder), "{:.1f}")
+            )
+        if folder == "kl":
+            cells += [from_paper("closed", task, form="{:.1f}", place=i) for i in (0, 1)]
+        rows.append((titled(task), *cells))
+    header = ("task", "K_gen before")
+    for title in ("noise", "SFT from ThinkMorph", "OPSD"):
+        header += (f"K after, {title}", f"closed, {title}, %")
+    if folder == "kl":
+        header += ("closed, noise, paper", "closed, OPSD, paper")
+    note = "Nats per token; share of the gap in %, below zero it has grown. Mean ± sd over seeds."
+    return Table(name, f"Gap closing {where}", header, tuple(rows), note)
+
+
+def swept_values(runs: Runs, knob: str) -> list[tuple[str, str]]:
+    """(value, name of its run) of a knob, the default among them, in order."""
+    default = runs.plan.defaults[knob]
+    values = sorted({default, *runs.plan.sweeps[knob]}, key=lambda value: _order(knob, value))
+    return [(value, "default" if value == default else f"{knob}-{value}") for value in values]
+
+
+def table6(runs: Runs) -> Table:
+    """Sensitivity to the knobs: one seed, half the updates, one knob at a time."""
+    names = runs.columns_in("sweep/systems", "default")
+    rows = []
+    for knob in runs.plan.sweeps:
+        for value, run in swept_values(runs, knob):
+            label = f"{knob} {value}" + (" (default)" if run == "default" else "")
+            cells = [
+                runs.single(lambda r=run, c=column: swept(runs, r, c), "{:.1f}") for column in names
+            ]
+            share = runs.single(lambda r=run: swept_gap(runs, r), "{:.1f}")
+            rows.append((label, *cells, share, from_paper("table6", knob, value)))
+    header = ("run", *map(titled, names), "gap closed, %", "paper Avg3")
+    note = (
+        "Accuracy in % and gap closed with 95 % intervals over questions and texts; one training "
+        "run each, so differences of a few points may be chance. 0 means off: all entries, no clip."
+    )
+    return Table("table6", "Sensitivity", header, tuple(rows), note)
+
+
+def _order(knob: str, value: str) -> tuple[float, str]:
+    """Numbers by size, those that switch off last; words by name."""
+    off = knob in ("jsd_top_k", "jsd_token_clip") and value == "0"
+    return (0.0 if knob == "teacher_mode" else float("inf") if off else float(value)), value
+
+
+def swept(runs: Runs, run: str, column: str = MEAN) -> Measured:
+    """Accuracy of a run of the sweep, in %."""
+    return runs.column(f"sweep/systems/{run}/scores.json", column)
+
+
+def swept_gap(runs: Runs, run: str) -> Measured:
+    """Share of the gap that a run of the sweep closed, in %."""
+    return runs.results.value("sweep/kl/summary.json", "gap_closed", run).scaled(100)

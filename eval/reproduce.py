@@ -1,0 +1,155 @@
+"""Every table and figure of the paper, from runs to report, by one command that can be interrupted.
+
+    python -m eval.reproduce                        # the miniature, about an hour on two cores
+    python -m eval.reproduce --only table5 figure5  # what these need, and a report of all there is
+    python -m eval.reproduce --scale paper --list   # the same steps at 7B
+
+Steps that are done are kept: each leaves a file in results/NAME/steps with its command, commit and
+seconds. A step that was interrupted is run again, and trainers and evaluations go on where they
+were. At the end, and with --report_only at once, the report is made of what is there.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.artefacts.catalogue import ARTEFACTS, artefact
+from eval.artefacts.runs import PLAN
+from eval.experiments import DEFAULT_NAMES, SCALES, Plan, Step, quick
+from eval.report import report
+from eval.session import plain_parser, positive
+from train.config import UsageError
+from train.records import git_commit, write_atomic
+from train.session import exit_on_user_error
+
+STEPS = "steps"  # folder of the files that say what is done
+
+
+def stamp(plan: Plan, step: Step) -> Path:
+    return Path(plan.results) / STEPS / f"{step.name.replace('/', '.')}.json"
+
+
+def is_done(plan: Plan, step: Step) -> bool:
+    """Whether a step was run to its end and what it wrote is there.
+
+    Raises:
+        UsageError: it was run, with another command.
+    """
+    file = stamp(plan, step)
+    if not file.is_file() or not all(Path(name).exists() for name in step.files):
+        return False
+    before = json.loads(file.read_text())["command"]
+    if before != step.line():
+        raise UsageError(
+            f"{file}: the step was run as `{before}` and would now be `{step.line()}`: give "
+            f"another --name, or remove {plan.results} and {plan.checkpoints}"
+        )
+    return True
+
+
+def run_step(plan: Plan, step: Step, title: str) -> float:
+    """Run one command, with its output on the terminal, and note that it is done; its seconds.
+
+    Raises:
+        UsageError: it failed; the message names it.
+    """
+    print(f"\n== {title}\n{step.line()}", flush=True)
+    start = time.monotonic()
+    done = subprocess.run(step.command, env={**os.environ, **step.environment}, check=False)
+    seconds = time.monotonic() - start
+    if done.returncode:
+        raise UsageError(
+            f"{step.name} ended with status {done.returncode}; its own message is above. The same "
+            "command goes on from here"
+        )
+    if absent := [name for name in step.files if not Path(name).exists()]:
+        raise UsageError(f"{step.name} left no {absent[0]}, although it ended well")
+    content = {"command": step.line(), "seconds": round(seconds, 1), "commit": git_commit()}
+    write_atomic(stamp(plan, step), json.dumps(content, indent=1) + "\n")
+    return seconds
+
+
+def write_plan(plan: Plan) -> None:
+    """Note what is to be run, for the report."""
+    text = json.dumps(plan.described(), indent=1)
+    write_atomic(Path(plan.results) / PLAN, text + "\n")
+
+
+def run_all(plan: Plan, steps: Sequence[Step]) -> None:
+    """Run what is not done, in order, and say how far it is."""
+    done = [is_done(plan, step) for step in steps]
+    missing = [step for step, there in zip(steps, done, strict=True) if not there]
+    print(f"{len(steps)} steps, {len(steps) - len(missing)} of them done", flush=True)
+    start = time.monotonic()
+    for number, step in enumerate(missing, len(steps) - len(missing) + 1):
+        passed = clock(time.monotonic() - start)
+        seconds = run_step(plan, step, f"{number}/{len(steps)} {step.name}  ({passed})")
+        print(f"-- {step.name}: {clock(seconds)}", flush=True)
+    if missing:
+        print(f"\n{len(missing)} steps in {clock(time.monotonic() - start)}", flush=True)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The plan that the flags ask for."""
+    scale = SCALES[args.scale]
+    name = args.name or DEFAULT_NAMES[scale.name] + ("-quick" if args.quick else "")
+    if args.quick:
+        scale = quick(scale)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UsageError(f"--name {name} is a folder below results/ and checkpoints/")
+    return Plan(scale, name, args.seeds)
+
+
+def steps_of(args: argparse.Namespace, plan: Plan) -> list[Step]:
+    """All steps, or what the artefacts of --only need."""
+    if not args.only:
+        return list(plan.steps.values())
+    patterns = [pattern for name in args.only for pattern in artefact(name).needs]
+    return plan.chosen(patterns) if patterns else []
+
+
+def show(plan: Plan, steps: Sequence[Step]) -> None:
+    """Print the commands, with a mark at what is done."""
+    for step in steps:
+        print(f"# {step.name}{' (done)' if is_done(plan, step) else ''}\n{step.line()}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = plain_parser("eval.reproduce", "Every table and figure, from runs to report.")
+    add = parser.add_argument
+    add("--scale", choices=tuple(SCALES), default="mini", help="the miniature, or the paper's size")
+    add("--only", nargs="+", default=[], metavar="ARTEFACT", help=f"of {', '.join(ARTEFACTS)}")
+    add("--seeds", type=int, default=3, help="seeds 0 to N - 1, each with data and runs of its own")
+    add("--name", help="folder below results/ and checkpoints/; default: reproduction")
+    add("--quick", action="store_true", help="a few updates and rows of everything, in minutes")
+    add("--list", action="store_true", help="print the commands and stop")
+    add("--report_only", action="store_true", help="run nothing, make the report of what is there")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    with exit_on_user_error():
+        positive(seeds=args.seeds)
+        plan = plan_of(args)
+        steps = steps_of(args, plan)
+        if args.list:
+            show(plan, steps)
+            return
+        if not args.report_only:
+            write_plan(plan)
+            run_all(plan, steps)
+        page = report(Path(plan.results))
+        print(f"\nsaved {page}: open it in a browser")
+
+
+if __name__ == "__main__":
+    main()
