@@ -325,13 +325,13 @@ def test_csv_is_unrounded_and_names_its_files(folder: Path) -> None:
     assert none == "task,gap,paper,paper_columns,sources\nx,,1.0,paper,\n"
 
 
-@pytest.mark.parametrize("rows", [20, 21])
+@pytest.mark.parametrize("rows", [30, 31])
 def test_long_tables_and_texts_fold(rows: int) -> None:
     table = Table("t", "T", ("a", "b"), tuple((f"row {n}", "x") for n in range(rows)))
     long = Artefact("n", "N", "", (), (table, Text("S", tuple("x" * rows))))
     folds = [text for _, text in Page(html_page([long], "T", (), {})).find("summary")]
     text = markdown_page([long], "T", ())
-    assert folds == ([f"{rows} rows", f"{rows} lines"] if rows > 20 else [])
+    assert folds == ([f"{rows} rows", f"{rows} lines"] if rows > 30 else [])
     assert text.count("<details>") == len(folds) == text.count("</details>")
 
 

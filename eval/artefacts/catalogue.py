@@ -33,7 +33,7 @@ EVERY_SEED = ("seed*/systems", "seed*/pairs")
 ARTEFACTS: dict[str, Recipe] = {
     "ledger": Recipe(
         "Claims of the paper, and what runs here say", "all", ("*",),
-        lambda runs: [ledger(runs, CLAIMS)],
+        lambda runs: [*ledger(runs, CLAIMS)],
         ("A status follows from the numbers by the rule beside it. The paper's values are of a 7B "
          "model on nine benchmarks; what is measured here is told by each row's sources.",),
     ),

@@ -177,9 +177,11 @@ def _block(block: Table | Picture | Text, found: Origins, images: Mapping[str, b
 
 
 def _table(table: Table, found: Origins) -> str:
+    columns = [[row[column] for row in table.rows] for column in range(len(table.header))]
+    # What is a sentence, though a number begins it, reads as text.
     numeric = [
-        any(isinstance(row[column], Number) for row in table.rows)
-        for column in range(len(table.header))
+        any(isinstance(cell, Number) for cell in cells) and max(map(_length, cells)) <= LONG
+        for cells in columns
     ]
     head = "".join(
         f'<th scope="col"{_class(number=number)}>{shown(title)}</th>'
@@ -199,11 +201,14 @@ def _table(table: Table, found: Origins) -> str:
     )
 
 
+def _length(value: Cell) -> int:
+    return len(value if isinstance(value, str) else value.text)
+
+
 def _row(row: Sequence[Cell], numeric: Sequence[bool], found: Origins) -> str:
     cells = []
     for column, (value, number) in enumerate(zip(row, numeric, strict=True)):
-        text = value if isinstance(value, str) else value.text
-        kind = _class(number=number, long=not number and len(text) > LONG)
+        kind = _class(number=number, long=not number and _length(value) > LONG)
         tag, scope = ("th", ' scope="row"') if column == 0 else ("td", "")
         cells.append(f"<{tag}{scope}{kind}>{_cell(value, found)}</{tag}>")
     return "".join(cells)

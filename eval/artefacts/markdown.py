@@ -18,7 +18,7 @@ LEGEND = (
     'below each table; "not run" stands where there is no result file.'
 )
 COMPLETE, PARTLY, NONE = "complete", "partly", "not run"
-FOLDED = 20  # longer tables, texts and lists open on a click
+FOLDED = 30  # longer tables, texts and lists open on a click
 
 JOINERS = "\u200c\u200d"  # unseen, but emoji and some scripts need them
 MARKUP = re.compile(r"[\\`*\[\]<>|$~&]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.")
