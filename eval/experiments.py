@@ -312,8 +312,10 @@ class Plan:
         shown = ("--jsd_top_k", scale.defaults["jsd_top_k"])
         # the paper's clip, also where the run has none: the page shows what it would cut
         shown += ("--jsd_token_clip", "0.05", "--jsd_beta", scale.defaults["jsd_beta"])
-        flags = (*base, *student, *rows, *device, *shown)
-        yield step("microscope", "eval.microscope", flags, "microscope.json", trained)
+        flags = (*base, *rows, *device, *shown)
+        yield step("microscope", "eval.microscope", flags, "microscope.json", ready)
+        flags = (*flags, *student, "--completion", "greedy", *budget)
+        yield step("microscope_opsd", "eval.microscope", flags, "microscope.json", trained)
         flags = (f"{results}/seed0/systems", "--first", "thinkmorph", "--second", "opsd", *device)
         yield step("cases", "eval.cases", flags, "cases.json", ("seed0/systems",))
         yield step("theorem", "eval.theorem", (), "theorem.json", ())

@@ -10,6 +10,7 @@ results. --publish copies the result files that the report has read, and makes t
 """
 
 import argparse
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ from train.records import write_atomic
 from train.session import exit_on_user_error
 
 REPORT = "report"
-PAGES = ("microscope/microscope.html",)  # made by steps, and linked from the report
+STEPS = "steps"  # of eval.reproduce: it lies where runs write, and is never copied
+HASH = re.compile(r"\b[0-9a-f]{40}\b")
+PAGES = ("microscope/microscope.html", "microscope_opsd/microscope.html")  # made by steps
 
 
 def report(folder: Path) -> Path:
@@ -55,18 +58,29 @@ def publish(folder: Path, target: Path) -> None:
     """Copy the result files that the report reads to another folder, and make the report there.
 
     Raises:
-        UsageError: the target has something else in it.
+        UsageError: the target has something else in it, or is a folder that runs write to.
     """
+    _check_target(folder, target)
     _, results = collect(folder)
     files = [PLAN, *results.read, *(page for page in PAGES if (folder / page).is_file())]
-    if target.exists() and any(target.iterdir()) and not (target / PLAN).is_file():
-        raise UsageError(f"--publish {target} is no earlier report: name a new folder")
     if target.exists():
         shutil.rmtree(target)
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / file, target / file)
     report(target)
+
+
+def _check_target(folder: Path, target: Path) -> None:
+    """Refuse to replace what is no earlier copy."""
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--publish {target} is a file: name a folder")
+    if target.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UsageError(f"--publish {target} holds the results themselves: name another folder")
+    if (target / STEPS).exists():
+        raise UsageError(f"--publish {target} has results of runs: name another folder")
+    if target.exists() and any(target.iterdir()) and not (target / PLAN).is_file():
+        raise UsageError(f"--publish {target} is no earlier report: name a new folder")
 
 
 def ledger_page(folder: Path) -> str:
@@ -99,10 +113,15 @@ def ledger_section(number: int, row: Sequence[Cell], folder: Path) -> list[str]:
     if isinstance(found, Number):
         origins = {(source.file, source.seed, source.commit) for source in found.sources}
         lines += [
-            f"- from `{folder / file}`, seed {seed}, commit {commit[:10]}"
+            f"- from `{folder / file}`, seed {seed}, commit {HASH.sub(_ten_digits, commit)}"
             for file, seed, commit in sorted(origins, key=str)
         ]
     return lines
+
+
+def _ten_digits(commit: re.Match[str]) -> str:
+    """A commit by its first digits; what stands behind them, such as "-dirty", stays."""
+    return commit[0][:10]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Cases: questions that one of two systems got wrong and the other right, as they were answered."""
 
 import io
+from collections.abc import Sequence
 
 import PIL.Image
 
@@ -51,10 +52,9 @@ def _strip(runs: Runs, record: Record, number: int, sources: tuple[Source, ...])
     """Problem, what was drawn, and the data set's visual thoughts, side by side."""
     values = record["values"]
     drawn = [file for answer in values["answers"] for file in answer["pictures"]]
-    parts = {"problem": values["problem"], "drawn": drawn, "true": values["visual_thoughts"]}
-    files = [file for group in parts.values() for file in group]
-    found = [runs.found(lambda f=file: runs.results.content(f"cases/{f}")) for file in files]
-    shown = [_fitted(content) for content in found if content is not None]
+    files = {"problem": values["problem"], "drawn": drawn, "true": values["visual_thoughts"]}
+    parts = {name: _pictures(runs, group) for name, group in files.items()}
+    shown = [picture for group in parts.values() for picture in group]
     if not shown:
         return None
     strip = PIL.Image.new("RGB", (len(shown) * (SIDE + GAP) - GAP, SIDE), "white")
@@ -65,6 +65,12 @@ def _strip(runs: Runs, record: Record, number: int, sources: tuple[Source, ...])
     told = ", ".join(f"{len(group)} {name}" for name, group in parts.items() if group)
     title = f"{titled(record['task'])}, {record['id']}: from left to right {told}"
     return Picture(f"case_{number}", title, title, buffer.getvalue(), sources)
+
+
+def _pictures(runs: Runs, files: Sequence[str]) -> list[PIL.Image.Image]:
+    """Those that are there."""
+    found = [runs.found(lambda f=file: runs.results.content(f"cases/{f}")) for file in files]
+    return [_fitted(content) for content in found if content is not None]
 
 
 def _fitted(content: bytes) -> PIL.Image.Image:

@@ -84,11 +84,13 @@ ARTEFACTS: dict[str, Recipe] = {
     ),
     "figure6": Recipe(
         "Which tokens the visual thoughts move", "Fig. 6, App. F",
-        ("microscope", "seed*/token_classes"),
+        ("microscope*", "seed*/token_classes"),
         lambda runs: _present(
             pictures.figure6(runs), extras.token_classes(runs), extras.token_test(runs)
         ),
-        ("The strips show the first sample of each task; microscope/microscope.html has more.",),
+        ("The strips show the first sample of each task, before training; more of them, token by "
+         "token, are in microscope/microscope.html and, after training on what the student writes, "
+         "in microscope_opsd/microscope.html.",),
     ),
     "figure7": Recipe(
         "Transfer by task, and seconds", "Fig. 7, App. H", ("seed*/systems", "latency"),
@@ -111,7 +113,7 @@ ARTEFACTS: dict[str, Recipe] = {
         lambda runs: _present(
             *pictures.learning(runs), *pictures.live_gap(runs), extras.checkpoints(runs)
         ),
-        ("On validation data, which also chooses the checkpoint.",),
+        ("On validation data; test data has no say in what is kept.",),
     ),
     "theorem": Recipe(
         "Theorem 1 by numbers", "App. B", ("theorem",), lambda runs: [extras.theorem(runs)]

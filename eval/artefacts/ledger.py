@@ -51,7 +51,7 @@ class Claim:
 def _points(runs: Runs, first: str, second: str) -> Finding:
     found = runs.paired(first, second)
     d = found.difference
-    seeds = ", ".join(f"{value:+.1f}" for value in found.per_seed)
+    seeds = ", ".join(f"{of_seed.value:+.1f}" for of_seed in found.per_seed)
     text = f"{d.value:+.1f} ({d.low:+.1f} .. {d.high:+.1f}), by seed {seeds}, p {p_value(found.p)}"
     return Finding(text, d, d.low > 0)
 
@@ -204,7 +204,8 @@ def gap_follows_gain(runs: Runs) -> Finding:
         f"{task.replace('_', ' ')}: closed {share[i].value:.0f} %, {gain[i].value:+.0f} points"
         for i, task in enumerate(tasks)
     )
-    return Finding(text, share[0], by_share == by_gain)
+    sources = joined(source for value in (*share, *gain) for source in value.sources)
+    return Finding(text, Measured(share[0].value, sources), by_share == by_gain)
 
 
 def entry(runs: Runs, claim: Claim) -> tuple[str | Number, ...]:
@@ -216,7 +217,7 @@ def entry(runs: Runs, claim: Claim) -> tuple[str | Number, ...]:
     command = f"{runs.plan.command} --only {claim.needs}; {runs.plan.config}; {seeds}"
     found = runs.found(lambda: claim.find(runs))
     if found is None:
-        return (*said, missing(), command, "not run", "there are no results")
+        return (*said, missing(), command, "not run", "There are no results.")
     number = Number(found.text, found.value.value, "measured", found.value.sources)
     why = claim.holds if found.holds else claim.differs
     status: Status = "holds" if found.holds else "differs"

@@ -22,7 +22,7 @@ from eval.artefacts.model import (
     over_runs,
 )
 from eval.artefacts.results import OVERALL, Results, source_of
-from eval.files.registry import PAPER
+from eval.files.registry import COLUMNS, PAPER
 from eval.statistics import Estimate, mcnemar, weighted_mean
 from train.config import UsageError
 
@@ -79,7 +79,7 @@ class Paired:
     only_first: int
     only_second: int
     neither: int
-    per_seed: tuple[float, ...]
+    per_seed: tuple[Measured, ...]
 
 
 class Runs:
@@ -125,15 +125,15 @@ class Runs:
 
     def columns(self, folder: str, systems: Sequence[str]) -> list[str]:
         """Columns of the first of these systems that was run: data sets or the paper's nine."""
-        for system in systems:
-            if self.results.has(scores_of(0, folder, system)):
-                return self.columns_in(f"seed0/{folder}", system)
-        return [MEAN]
+        return self.columns_in(f"seed0/{folder}", systems)
 
-    def columns_in(self, folder: str, system: str) -> list[str]:
-        """Columns of a system in a folder; of one that was not run, the mean alone."""
-        file = f"{folder}/{system}/scores.json"
-        return list(columns_of(self.results, file)) if self.results.has(file) else [MEAN]
+    def columns_in(self, folder: str, systems: Sequence[str]) -> list[str]:
+        """Columns of the first of these systems in a folder; the mean alone where none was run."""
+        for system in systems:
+            file = f"{folder}/{system}/scores.json"
+            if self.results.has(file):
+                return list(columns_of(self.results, file))
+        return [MEAN]
 
     def accuracy(self, folder: str, system: str, column: str) -> Read:
         """Accuracy in %: seed -> value."""
@@ -166,7 +166,7 @@ class Runs:
             for name in ("both", "only_first", "only_second", "neither")
         )
         mean = weighted_mean([Estimate(**values["difference"]) for values in found])
-        sources = joined(
+        sources = tuple(
             source_of(f"seed{seed}/pairs.json", record)
             for seed, record in zip(self.seeds, records, strict=True)
         )
@@ -177,7 +177,10 @@ class Runs:
             only_first,
             only_second,
             neither,
-            tuple(100 * values["difference"]["value"] for values in found),
+            tuple(
+                Measured(100 * values["difference"]["value"], (source,))
+                for values, source in zip(found, sources, strict=True)
+            ),
         )
 
 
@@ -196,17 +199,22 @@ def columns_of(results: Results, file: str) -> dict[str, Measured]:
     """
     records = results.records(file)
     by_task = {record["task"]: record["values"] for record in records}
-    source = (source_of(file, records[0]),)
+    origins = {record["task"]: source_of(file, record) for record in records}
     if not set(PAPER) & set(by_task):
         return {
-            MEAN if task == OVERALL else task: _share(Estimate(*_ends(values)), source)
+            MEAN if task == OVERALL else task: _share(Estimate(*_ends(values)), (origins[task],))
             for task, values in by_task.items()
         }
     nine = columns({task: values for task, values in by_task.items() if task != OVERALL})
     found = {name: column for name, column in nine.items() if column is not None}
-    shares = {n: _share(Estimate(c.accuracy, c.low, c.high), source) for n, c in found.items()}
+    parts = {name: joined(origins[task] for task in COLUMNS[name]) for name in found}
+    shares = {n: _share(Estimate(c.accuracy, c.low, c.high), parts[n]) for n, c in found.items()}
     mean = average(nine)
-    return shares | ({MEAN: _share(mean, source)} if mean is not None else {})
+    if mean is None:
+        return shares
+    return shares | {
+        MEAN: _share(mean, joined(source for part in parts.values() for source in part))
+    }
 
 
 def _ends(values: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eval.artefacts.model import Cell, Measured, Table, measured, missing
+from eval.artefacts.model import Cell, Measured, Number, Table, measured, missing
 from eval.artefacts.results import OVERALL
 from eval.artefacts.runs import (
     MEAN,
@@ -116,25 +116,29 @@ def paired_table(runs: Runs, name: str, pairs: Sequence[str]) -> Table:
     for pair in pairs:
         first, second = pair.split(":")
         found = runs.found(lambda a=first, b=second: runs.paired(a, b))
-        rows.append((f"{first} - {second}", *_paired_cells(found)))
-    header = ("pair", "points (95 %)", "by seed", "only first", "only second", "p")
+        rows.append((f"{first} - {second}", *_paired_cells(runs, found)))
+    header = ("pair", "points (95 %)", *_by_seed(runs), "only first", "only second", "p")
     note = (
         "Questions of all seeds. Interval and exact McNemar test are over questions, not over "
-        "training runs; the column by seed shows how far those differ."
+        "training runs; the columns by seed show how far those differ."
     )
     return Table(name, "Paired tests", header, tuple(rows), note)
 
 
-def _paired_cells(found: Paired | None) -> tuple[Cell, ...]:
+def _by_seed(runs: Runs) -> list[str]:
+    return [f"seed {seed}" for seed in runs.seeds]
+
+
+def _paired_cells(runs: Runs, found: Paired | None) -> tuple[Cell, ...]:
     if found is None:
-        return (missing(),) * 5
+        return (missing(),) * (4 + len(runs.seeds))
     sources = found.difference.sources
     counts = (Measured(float(n), sources) for n in (found.only_first, found.only_second))
     return (
         measured(found.difference, "{:+.1f}"),
-        ", ".join(f"{value:+.1f}" for value in found.per_seed),
+        *(measured(value, "{:+.1f}") for value in found.per_seed),
         *(measured(count, "{:.0f}") for count in counts),
-        p_value(found.p),
+        Number(p_value(found.p), found.p, "measured", sources),
     )
 
 
@@ -144,8 +148,8 @@ def wins(runs: Runs) -> Table:
     rows = []
     for task in [*tasks, OVERALL]:
         found = runs.found(lambda t=task: runs.paired("opsd", "thinkmorph", t))
-        rows.append((titled(task), *_paired_cells(found)))
-    header = ("task", "points (95 %)", "by seed", "only OPSD", "only ThinkMorph", "p")
+        rows.append((titled(task), *_paired_cells(runs, found)))
+    header = ("task", "points (95 %)", *_by_seed(runs), "only OPSD", "only ThinkMorph", "p")
     title = "Visual-OPSD minus ThinkMorph, question by question"
     return Table("figure5", title, header, tuple(rows), "Questions of all seeds.")
 
@@ -182,7 +186,7 @@ def table3(runs: Runs) -> Table:
         *map(titled, names),
         "- SFT",
         "- untrained",
-        "paper Avg †",
+        "paper Avg",
     )
     return Table("table3", "VT quality", header, tuple(rows), "Accuracy in %, points.")
 
@@ -267,10 +271,12 @@ def swept_values(runs: Runs, knob: str) -> list[tuple[str, str]]:
 
 def table6(runs: Runs) -> Table:
     """Sensitivity to the knobs: one seed, half the updates, one knob at a time."""
-    names = runs.columns_in("sweep/systems", "default")
+    settings = {knob: swept_values(runs, knob) for knob in runs.plan.sweeps}
+    trained = [run for values in settings.values() for _, run in values]
+    names = runs.columns_in("sweep/systems", trained)
     rows = []
-    for knob in runs.plan.sweeps:
-        for value, run in swept_values(runs, knob):
+    for knob, values in settings.items():
+        for value, run in values:
             label = f"{knob} {value}" + (" (default)" if run == "default" else "")
             cells = [
                 runs.single(lambda r=run, c=column: swept(runs, r, c), "{:.1f}") for column in names
