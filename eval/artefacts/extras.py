@@ -120,7 +120,7 @@ def checkpoints(runs: Runs) -> Table:
     for arm in ("opsd", "noise"):
         for seed in runs.seeds:
             rows += _curve_rows(runs, arm, seed)
-    header = ("run", "updates", "accuracy, %", "K_gen, nats per token", "gap closed, %", "validation")
+    header = ("run", "updates", "accuracy, %", "K_gen, nats per token", "gap closed, %", "choice")
     note = (
         "Validation data, frozen probe set. Best is the checkpoint that validation would choose: "
         "highest accuracy, at equal accuracy the smallest gap. The tables evaluate the last one of "
