@@ -17,6 +17,7 @@ PAIRS = (  # first:second of the paired tests
     "opsd:base", "opsd:sft", "opsd:sft_base", "opsd:noise", "opsd:thinkmorph", "noise:base",
     "noise:sft", "thinkmorph:base", "thinkmorph-noise:thinkmorph", "thinkmorph-none:thinkmorph",
 )  # fmt: skip
+FAMILIES = ("Visual_Search", "Spatial_Navigation", "Jigsaw_Assembly", "Chart_Refocus")
 STUDENTS = ("opsd", "noise", "sft", "sft_base")
 ENDS = {("jsd_beta", "0"), ("jsd_beta", "1")}
 CONTROLS = ("noise", "shuffled", "blank", "problem", "crop")
@@ -33,7 +34,10 @@ class Scale:
     split: of those sets, for what needs true visual thoughts. limit: rows of each benchmark, 0 for
     all. steps, sft_steps, sweep_steps: updates of OPSD, of SFT from `before` (SFT from the base has
     as many as OPSD), and of the runs of a sweep. defaults: knob -> the value of the main run.
-    sweeps: knob -> other values. flags: of every trainer.
+    sweeps: knob -> other values. flags: of every trainer. timed, rows: of each task, for seconds
+    and for attention. shown_limit: like limit, of the sets in `shown`. validates: whether there are
+    validation rows. spread: whether questions are shared out over GPUs. quick: the numbers mean
+    nothing.
     """
 
     name: str
@@ -63,6 +67,10 @@ class Scale:
     flags: tuple[str, ...] = ()
     timed: int = 5
     rows: int = 50
+    shown_limit: int = 0
+    validates: bool = True
+    spread: bool = False
+    quick: bool = False
 
 
 MINI = Scale(
@@ -114,7 +122,7 @@ PAPER = Scale(
     sources="data/configs/visual_opsd.yaml",
     sft_sources="data/configs/text_reasoning.yaml",
     split="train",  # the released sets have no other
-    shown=("Visual_Search", "Spatial_Navigation", "Jigsaw_Assembly", "Chart_Refocus"),
+    shown=FAMILIES,
     benchmarks=("paper",),
     protocol="paper",
     device="auto",
@@ -124,7 +132,7 @@ PAPER = Scale(
     limit=0,
     steps=1000,
     sft_steps=2000,
-    sweep_steps=500,
+    sweep_steps=1000,
     defaults={
         "jsd_top_k": "256", "jsd_token_clip": "0.05", "jsd_beta": "0.5", "teacher_mode": "ema",
         "ema_decay": "0.995",
@@ -136,19 +144,25 @@ PAPER = Scale(
         "teacher_mode": ("self", "fixed"),
         "ema_decay": ("0.98", "0.99", "0.999"),
     },
+    flags=("--keep_last", "1"),
     rows=25,
+    shown_limit=250,
+    validates=False,
+    spread=True,
 )  # fmt: skip
 
 SCALES = {scale.name: scale for scale in (MINI, PAPER)}
+SEEDS = 3  # the paper's three runs
 DEFAULT_NAMES = {"mini": "reproduction", "paper": "reproduction-paper"}
 
 
 def quick(scale: Scale) -> Scale:
     """A few updates and rows of everything: shows that it runs, its numbers mean nothing."""
-    few = {"kl_samples": 8, "kl_batch": 4, "limit": 4, "timed": 1, "rows": 2}
+    few = {"kl_samples": 8, "kl_batch": 4, "limit": 4, "shown_limit": 4, "timed": 1, "rows": 2}
     steps = {"steps": 2, "sft_steps": 2, "sweep_steps": 2}
     flags = (*scale.flags, "--warmup_steps", "1", "--validation_samples", "2")
-    return replace(scale, **few, **steps, flags=flags if scale.name == "mini" else scale.flags)
+    flags = flags if scale.validates else (*scale.flags, "--warmup_steps", "1")
+    return replace(scale, **few, **steps, flags=flags, quick=True)
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ class Step:
     """One command.
 
     files: what has to be there when it is done, from the root of the repository. needs: steps that
-    come first.
+    come first. fresh: folders that the command cannot go on with; they are removed before it runs.
     """
 
     name: str
@@ -164,6 +178,7 @@ class Step:
     files: tuple[str, ...]
     needs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
 
     def line(self) -> str:
         """As it is typed in a shell."""
@@ -183,13 +198,19 @@ class Plan:
 
     def described(self) -> dict[str, Any]:
         """What a report has to know of the plan: the fields of `eval.artefacts.runs.RunPlan`."""
-        scale, default = self.scale, DEFAULT_NAMES[self.scale.name]
-        flags = "" if self.name == default else f" --name {self.name}"
+        scale = self.scale
+        default = DEFAULT_NAMES[scale.name] + ("-quick" if scale.quick else "")
+        flags = " --quick" if scale.quick else ""
+        flags += "" if self.name == default else f" --name {self.name}"
+        flags += "" if self.seeds == SEEDS else f" --seeds {self.seeds}"
         return {
             "title": scale.title,
             "command": f"{scale.command}{flags}",
             "config": scale.config,
             "seeds": self.seeds,
+            "steps": scale.steps,
+            "quick": scale.quick,
+            "own_questions": scale.drawn,
             "defaults": dict(scale.defaults),
             "sweeps": {knob: list(values) for knob, values in scale.sweeps.items()},
         }
@@ -220,15 +241,14 @@ class Plan:
             data = self._data(seed)
             ready = (f"{at}/data",)
             command = ("python", "-m", "data.miniworld", "--output", data, "--seed", str(seed))
-            # the last family that appears: an interrupted drawing leaves the others
-            yield Step(f"{at}/data", command, (f"{data}/Chart_Refocus",))
+            families = tuple(f"{data}/{family}" for family in FAMILIES)
+            yield Step(f"{at}/data", command, families, fresh=(data,))
         before, made = scale.before, ()
         if not before:
             before, made = f"{self.checkpoints}/{at}/before", (f"{at}/before",)
             command = ("python", "-m", "data.miniworld.model", "--output", before)
-            yield Step(
-                f"{at}/before", (*command, "--seed", str(seed)), (f"{before}/model.safetensors",)
-            )
+            files = (f"{before}/model.safetensors",)
+            yield Step(f"{at}/before", (*command, "--seed", str(seed)), files, fresh=(before,))
         base, steps = scale.base, scale.steps
         yield self._train(f"{at}/opsd", "run_visual_opsd.sh", base, seed, steps, ready)
         yield self._train(f"{at}/noise", "run_visual_opsd_noise.sh", base, seed, steps, ready)
@@ -304,10 +324,11 @@ class Plan:
             "attention.json", trained,
         )  # fmt: skip
         timed = ("--limit_per_task", str(scale.timed), "--latency_samples", str(scale.timed))
-        both = (student[0], f"sft={self._latest('seed0/sft')}", f"opsd={distilled}")
+        timed_students = [f"{name}={self._latest(f'seed0/{name}')}" for name in ("sft", "noise")]
+        both = (student[0], *timed_students, f"opsd={distilled}")
         yield step(
             "latency", "eval.interleaved", (*base, *both, *rows, *device, *timed, *budget),
-            "table.json", (*trained, "seed0/sft"),
+            "table.json", (*trained, "seed0/sft", "seed0/noise"),
         )  # fmt: skip
         shown = ("--jsd_top_k", scale.defaults["jsd_top_k"])
         # the paper's clip, also where the run has none: the page shows what it would cut
@@ -341,7 +362,10 @@ class Plan:
         command += ("--dataset_config_file", sources, "--total_steps", str(steps))
         command += ("--global_seed", str(seed), "--data_seed", str(seed), "--resume", "auto", *more)
         environment = self._environment(seed) | {"OUTPUT_NAME": f"{self.name}/{name}"}
-        return Step(name, command, (f"{self._latest(name)}/run.json",), needs, environment)
+        files = [f"{self._latest(name)}/run.json"]
+        if self.scale.validates and not sft:
+            files.append(f"{self.results}/{name}/validation.jsonl")
+        return Step(name, command, tuple(files), needs, environment)
 
     def _diagnose(
         self,
@@ -357,7 +381,8 @@ class Plan:
         command += ("--batch_size", str(scale.kl_batch), "--seed", str(seed))
         command += ("--device", scale.device, "--max_new_tokens", str(scale.new_tokens), *more)
         command += ("--student_path", *students)
-        return Step(name, command, (f"{folder}/summary.json",), needs, self._environment(seed))
+        files = (f"{folder}/summary.json", f"{folder}/records.jsonl")
+        return Step(name, command, files, needs, self._environment(seed))
 
     def _ask(
         self,
@@ -368,12 +393,18 @@ class Plan:
         needs: tuple[str, ...],
     ) -> Step:
         scale, folder = self.scale, f"{self.results}/{name}"
-        command = ("python", "-m", "eval.run", "--systems", *systems, "--benchmarks", *benchmarks)
+        asks = (
+            ("bash", f"{LAUNCHERS}/run_eval.sh") if scale.spread else ("python", "-m", "eval.run")
+        )
+        command = (*asks, "--systems", *systems, "--benchmarks", *benchmarks)
         command += ("--protocol", scale.protocol, "--split", scale.split, "--seed", str(seed))
         command += ("--device", scale.device, "--output_dir", folder)
-        if scale.limit:
-            command += ("--limit", str(scale.limit))
-        return Step(name, command, (f"{folder}/table.json",), needs, self._environment(seed))
+        limit = scale.shown_limit if tuple(benchmarks) == scale.shown else scale.limit
+        if limit:
+            command += ("--limit", str(limit))
+        names = [system.partition("=")[0].partition(":")[0] for system in systems]
+        files = (f"{folder}/table.json", *(f"{folder}/{name}/scores.json" for name in names))
+        return Step(name, command, files, needs, self._environment(seed))
 
     def _data(self, seed: int) -> str:
         return self.scale.data.format(name=self.name, seed=seed)

@@ -86,7 +86,8 @@ def test_the_runs_of_a_scale_have_its_budgets():
         main, half = steps["seed0/opsd"], plan.steps["sweep/default"]
         words = launched(half)
         swept = parse_opsd(words[words.index("-m") + 2 :])
-        assert swept.optim.total_steps * 2 == main.optim.total_steps
+        # half in the miniature, to save time; all of the paper's 1,000 at its size
+        assert swept.optim.total_steps * (2 if scale is MINI else 1) == main.optim.total_steps
         assert swept.distill == main.distill
         assert str(main.distill.jsd_top_k) == scale.defaults["jsd_top_k"]
         assert main.distill.jsd_token_clip == float(scale.defaults["jsd_token_clip"])
@@ -131,75 +132,156 @@ def test_every_step_serves_an_artefact():
     assert used == set(plan.steps)
 
 
-class FakePlan:
-    """Steps that write a word into a file; one of them fails until a file is there."""
+class FakePlan(Plan):
+    """Three steps, each after the one before, that note that they ran and write a file."""
 
     def __init__(self, folder: Path) -> None:
-        self.results, self.checkpoints, self.folder = str(folder / "results"), "none", folder
-        self.steps = {name: self.step(name) for name in ("one", "sub/two", "three")}
+        super().__init__(MINI, "fake", 1)
+        self.results, self.checkpoints = str(folder / "results"), str(folder / "checkpoints")
+        self.folder = folder
+        names = ("one", "sub/two", "three")
+        self.steps = {
+            name: self.step(name, needs=names[:place][-1:]) for place, name in enumerate(names)
+        }
 
-    def step(self, name: str, word: str = "") -> Step:
-        out = self.folder / name.replace("/", "-")
+    def step(self, name: str, word: str = "", needs: tuple[str, ...] = ()) -> Step:
+        out = Path(self.results) / name / "out"
         code = (
-            f"import pathlib, sys; p = pathlib.Path({str(self.folder)!r}); "
-            f"log = p / 'log'; log.write_text((log.read_text() if log.exists() else '') + "
-            f"{name + ' '!r}); "
+            f"import pathlib, sys; p = pathlib.Path({str(self.folder)!r}); out = pathlib.Path("
+            f"{str(out)!r}); log = p / 'log'; "
+            f"log.write_text((log.read_text() if log.exists() else '') + {name + ' '!r}); "
             f"sys.exit(3) if {name!r} == 'sub/two' and not (p / 'go').exists() else None; "
-            f"pathlib.Path({str(out)!r}).write_text({word!r})"
+            f"out.parent.mkdir(parents=True, exist_ok=True); out.write_text({word!r})"
         )
-        return Step(name, (sys.executable, "-c", code), (str(out),))
+        return Step(name, (sys.executable, "-c", code), (str(out),), needs)
+
+    def ran(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def run(self) -> None:
+        reproduce.run_all(self, list(self.steps.values()))
 
 
-def test_a_run_that_stopped_goes_on_where_it_was(tmp_path, capfd):
-    plan = FakePlan(tmp_path)
-    steps = list(plan.steps.values())
+@pytest.fixture
+def fake(tmp_path) -> FakePlan:
+    return FakePlan(tmp_path)
+
+
+def test_a_run_that_stopped_goes_on_where_it_was(fake, tmp_path, capfd):
     with pytest.raises(UsageError, match="sub/two ended with status 3"):
-        reproduce.run_all(plan, steps)
-    assert (tmp_path / "log").read_text() == "one sub/two "
+        fake.run()
+    assert fake.ran() == "one sub/two "
     (tmp_path / "go").touch()
-    reproduce.run_all(plan, steps)
-    assert (tmp_path / "log").read_text() == "one sub/two sub/two three "
+    fake.run()
+    assert fake.ran() == "one sub/two sub/two three "
     assert "3 steps, 1 of them done" in capfd.readouterr().out
-    reproduce.run_all(plan, steps)
-    assert (tmp_path / "log").read_text().endswith("three ")
+    fake.run()
+    assert fake.ran().endswith("sub/two three ")
     stamp = json.loads((tmp_path / "results" / "steps" / "sub.two.json").read_text())
-    assert stamp["command"] == steps[1].line() and stamp["seconds"] >= 0 and stamp["commit"]
-    (tmp_path / "three").unlink()  # what it wrote is gone: it is done no more
-    reproduce.run_all(plan, steps)
-    assert (tmp_path / "log").read_text().endswith("three three ")
+    assert stamp["command"] == fake.steps["sub/two"].line()
+    assert stamp["seconds"] >= 0 and stamp["commit"] and stamp["finished"] > 1.7e9
+    (tmp_path / "results" / "three" / "out").unlink()  # what it wrote is gone: it is done no more
+    fake.run()
+    assert fake.ran().endswith("three three ")
 
 
-def test_a_step_with_another_command_is_refused_and_nothing_is_lost(tmp_path):
-    plan = FakePlan(tmp_path)
+def test_what_builds_on_a_step_that_runs_again_runs_again_from_nothing(fake, tmp_path):
     (tmp_path / "go").touch()
-    reproduce.run_all(plan, list(plan.steps.values()))
-    changed = [plan.step("one", "other"), *list(plan.steps.values())[1:]]
+    fake.run()
+    for name in ("one", "sub/two", "three"):
+        (tmp_path / "results" / name / "old").touch()
+    (tmp_path / "results" / "sub" / "two" / "out").unlink()
+    fake.run()
+    assert fake.ran() == "one sub/two three sub/two three "
+    assert (tmp_path / "results" / "one" / "old").exists()
+    assert (tmp_path / "results" / "sub" / "two" / "old").exists()  # it goes on with what it has
+    assert not (tmp_path / "results" / "three" / "old").exists()
+    # the same where the step before was run alone in between
+    reproduce.run_all(fake, [replace(fake.steps["one"], files=())])
+    assert [step.name for step, _ in reproduce.undone(fake, list(fake.steps.values()))] == []
+    (tmp_path / "results" / "one" / "out").unlink()
+    reproduce.run_all(fake, [fake.steps["one"]])
+    found = reproduce.undone(fake, list(fake.steps.values()))
+    assert [(step.name, stale) for step, stale in found] == [("sub/two", True), ("three", True)]
+
+
+def test_a_folder_that_cannot_be_gone_on_with_is_removed_first(fake, tmp_path):
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "drawn").touch()
+    step = replace(fake.steps["one"], fresh=(str(half),))
+    fake.steps["one"] = step
+    reproduce.run_all(fake, [step])
+    assert not half.exists()
+
+
+def test_a_step_with_another_command_is_refused_and_nothing_is_lost(fake, tmp_path):
+    (tmp_path / "go").touch()
+    fake.run()
+    plan = (tmp_path / "results" / PLAN).read_text()
+    changed = [fake.step("one", "other"), *list(fake.steps.values())[1:]]
+    fake.seeds = 2
     with pytest.raises(UsageError, match="give another --name"):
-        reproduce.run_all(plan, changed)
-    assert (tmp_path / "one").read_text() == ""
+        reproduce.run_all(fake, changed)
+    assert (tmp_path / "results" / "one" / "out").read_text() == ""
+    assert (tmp_path / "results" / PLAN).read_text() == plan
 
 
-def test_a_step_that_leaves_nothing_is_an_error(tmp_path):
-    plan = FakePlan(tmp_path)
-    step = replace(plan.steps["one"], files=(str(tmp_path / "absent"),))
+def test_another_plan_in_the_same_folder_is_refused_and_seeds_are_not_forgotten(fake, tmp_path):
+    (tmp_path / "go").touch()
+    fake.seeds = 3
+    fake.run()
+    fake.seeds = 1
+    fake.run()
+    assert RunPlan.read(tmp_path / "results").seeds == 3
+    fake.seeds = 4
+    fake.run()
+    assert RunPlan.read(tmp_path / "results").seeds == 4
+    fake.scale = quick(MINI)
+    with pytest.raises(UsageError, match="is of another plan, its steps, quick differ"):
+        fake.run()
+    assert not RunPlan.read(tmp_path / "results").quick
+
+
+def test_two_runs_in_one_folder_do_not_meet(fake, tmp_path):
+    (tmp_path / "go").touch()
+    with reproduce.alone(fake), pytest.raises(UsageError, match="another run is at work there"):
+        fake.run()
+    assert not (tmp_path / "log").exists()
+    with reproduce.alone(fake) as lock:  # a step that outlives its runner holds the lock
+        child = subprocess.Popen(["sleep", "30"], pass_fds=(lock,))
+    with pytest.raises(UsageError, match="or a step of one that was killed"):
+        fake.run()
+    child.kill()
+    child.wait()
+    fake.run()
+
+
+def test_a_step_that_leaves_nothing_is_an_error(fake, tmp_path):
+    step = replace(fake.steps["one"], files=(str(tmp_path / "absent"),))
+    fake.steps["one"] = step
     with pytest.raises(UsageError, match=r"one left no .*absent, although it ended well"):
-        reproduce.run_step(plan, step, "")
+        reproduce.run_all(fake, [step])
 
 
 def test_plan_says_what_a_report_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, plan in PLANS.items():
+        (tmp_path / plan.results).mkdir(parents=True)
         reproduce.write_plan(plan)
         read = RunPlan.read(Path(plan.results))
-        assert read.seeds == plan.seeds and read.config in (
-            "data/configs/mini.yaml",
-            "data/configs/paper.yaml",
+        assert (read.seeds, read.steps, read.quick) == (
+            plan.seeds,
+            plan.scale.steps,
+            name == "quick",
         )
-        assert read.command == SCALES[plan.scale.name].command + (
-            " --name reproduction-quick" if name == "quick" else ""
-        )
+        more = " --quick --seeds 2" if name == "quick" else ""
+        assert read.command == SCALES[plan.scale.name].command + more
+        assert read.own_questions == (name != "paper")
         assert set(read.sweeps) == set(read.defaults)
-        assert (ROOT / read.config).is_file() and (Path(plan.results) / PLAN).is_file()
+        assert (ROOT / read.config).is_file()
+    other = Plan(MINI, "mine", 3).described()["command"]
+    assert other == "bash scripts/reproduce_mini.sh --name mine"
 
 
 def test_list_prints_commands_and_runs_nothing(tmp_path, monkeypatch, capsys):
@@ -214,12 +296,13 @@ def test_list_prints_commands_and_runs_nothing(tmp_path, monkeypatch, capsys):
     ("words", "said"),
     [
         (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--report_only", "--seeds", "2"], "--report_only: the seeds are those of the plan"),
         (["--only", "table9"], "--only table9"),
         (["--name", "../x"], "--name ../x"),
     ],
 )
 def test_mistakes_are_one_line(words, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        reproduce.main([*words, "--list"])
+        reproduce.main([*words, *([] if "--report_only" in words else ["--list"])])
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
