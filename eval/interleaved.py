@@ -13,6 +13,7 @@ seconds.json (a record per sample).
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +137,15 @@ def task_scores(samples: Sequence[Sample], replies: Sequence[Reply]) -> dict[str
         "high": high,
         "mean_tokens": fmean(reply.tokens for reply in replies),
         "mean_pictures": fmean(len(reply.pictures) for reply in replies),
+        "picture_width": max(_sides(replies, 0), default=0),
+        "picture_height": max(_sides(replies, 1), default=0),
         "seconds_per_sample": fmean(reply.seconds for reply in replies),
     }
+
+
+def _sides(replies: Sequence[Reply], axis: int) -> list[int]:
+    """Widths (axis 0) or heights of all drawn pictures, in pixels."""
+    return [picture.size[axis] for reply in replies for picture in reply.pictures]
 
 
 def overall(tasks: Sequence[dict[str, float | int]]) -> dict[str, float | int]:
@@ -162,7 +170,7 @@ def timings(systems: dict[str, Answer], samples: list[Sample], repeats: int) -> 
 
 def table_rows(
     scores: dict[str, dict[str, dict[str, float | int]]], times: list[Timing]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """What the table says of each system."""
     reference = list(scores)[-1]
     rows = {}
@@ -177,13 +185,15 @@ def table_rows(
             "high": overall["high"],
             "tokens": overall["mean_tokens"],
             "pictures": overall["mean_pictures"],
+            "picture_width": overall["picture_width"],
+            "picture_height": overall["picture_height"],
             "seconds": median(of.values()),
             "ratio": median(of[i] / base[i] for i in of),
         }
     return rows
 
 
-def columns(rows: dict[str, dict[str, float]]) -> tuple[list[str], dict[str, list[str]]]:
+def columns(rows: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
     """Header and cells of the table, for `markdown_table`."""
     last = list(rows)[-1]
     header = ["system", "accuracy, %", "tokens", "pictures", "seconds", f"times {last}"]
@@ -199,7 +209,7 @@ def columns(rows: dict[str, dict[str, float]]) -> tuple[list[str], dict[str, lis
     }
 
 
-def markdown(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+def markdown(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """The table and what it was measured with."""
     info, first = run_info(), next(iter(rows.values()))
     lines = markdown_table(*columns(rows))
@@ -217,7 +227,7 @@ def markdown(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> str
     return "\n".join(lines) + "\n"
 
 
-def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def compare(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Measure, write the three files, print the table."""
     positive(
         limit_per_task=args.limit_per_task,
@@ -232,6 +242,9 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     timed = [sample for samples in tasks for sample in samples[: args.latency_samples]]
     times = timings(systems, timed, args.repeats)
     rows = table_rows(scores, times)
+    for name, row in rows.items():
+        drawn = drawing_of(args, name == GUIDED)
+        row["drawing"] = dataclasses.asdict(drawn) if name in (GUIDED, DRAWN) else None
     folder = Path(args.output_dir)
     common: dict[str, Any] = origin("interleaved", args)
     write_records(

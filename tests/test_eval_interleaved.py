@@ -58,7 +58,8 @@ def test_ratio_is_that_of_each_sample_not_of_the_medians():
     seconds = [{"slow": [1.0], "fast": [1.0]}, {"slow": [8.0], "fast": [2.0]}]
     seconds.append({"slow": [9.0], "fast": [9.0]})
     times = [Timing(sample(i), row) for i, row in enumerate(seconds)]
-    overall = dict.fromkeys(["n", "accuracy", "low", "high", "mean_tokens", "mean_pictures"], 0.5)
+    names = ["n", "accuracy", "low", "high", "mean_tokens", "mean_pictures"]
+    overall = dict.fromkeys([*names, "picture_width", "picture_height"], 0.5)
     rows = table_rows({name: {"overall": overall} for name in ("slow", "fast")}, times)
     assert rows["slow"]["ratio"] == 1.0  # 8 / 2 would be 4
     assert rows["slow"]["seconds"] == median([1.0, 8.0, 9.0])
@@ -105,6 +106,11 @@ def test_command_writes_table_and_records(arguments, drawing_world, tmp_path, ca
     rows = read_records(tmp_path / "table.json")
     assert [row["id"] for row in rows] == names and rows[-1]["values"]["ratio"] == 1.0
     assert rows[0]["values"]["pictures"] > 0 == rows[2]["values"]["pictures"]
+    drawn = rows[1]["values"]
+    assert drawn["picture_width"] > 0 == rows[2]["values"]["picture_width"]
+    assert drawn["drawing"]["num_timesteps"] == 3 and drawn["drawing"]["cfg_text_scale"] == 1.0
+    assert rows[0]["values"]["drawing"]["cfg_text_scale"] == 3.0
+    assert rows[2]["values"]["drawing"] is None
     assert len(read_records(tmp_path / "seconds.json")) == 4
     assert {len(v) for r in read_records(tmp_path / "seconds.json") for v in r["values"].values()}
     assert len(read_records(tmp_path / "scores.json")) == 5 * 5
