@@ -81,7 +81,7 @@ CLAIMS = (
         "Table 3", "+9.88", INTERVAL, "table3", beats("opsd", "noise"),
     ),
     Claim(
-        "The noise control is no better than SFT",
+        "The noise control ends where text-only SFT does",
         "Table 3", "+0.40", f"within {FLAT:.0f} points of it", "table3", noise_like_sft,
         differs="SFT learns the task here, the noise control learns what noise in the context does "
         "to the base. The two have no reason to meet.",

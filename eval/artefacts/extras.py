@@ -39,10 +39,8 @@ PILOT = {  # system -> title, by folder
 
 def kl_controls(runs: Runs) -> Table:
     """The KL that other pictures cause on the same completions."""
-    file = "seed0/kl/summary.json"
-    tasks = runs.found(lambda: runs.results.tasks(file)) or []
     rows = []
-    for task in [*tasks, OVERALL]:
+    for task in [*runs.tasks("kl/summary.json"), OVERALL]:
         cells = [
             runs.cell(lambda seed, m=measure, t=task: gap(runs, seed, m, t), "{:.3f}")
             for measure in KL_CONTROLS

@@ -24,6 +24,7 @@ INTERVALS = "95 % intervals over questions"
 SHOWN = {"thinkmorph": "ThinkMorph, draws", "base": "ThinkMorph, text-only", "opsd": "Visual-OPSD"}
 ALL = SHOWN | {"sft": "SFT", "noise": "OPSD-Noise"}
 OF_CLASS = "k_gen_of/"
+SPOKES = 3  # with fewer tasks there is no radar; the bars beside it have them all
 Row = dict[str, Measured | None]
 Curves = Mapping[str, list[tuple[int, Measured]] | None]
 
@@ -62,7 +63,7 @@ def figure1(runs: Runs) -> list[Picture | None]:
     return [
         _picture(
             "figure1a", "Fig. 1a: accuracy by task", "radar chart of accuracies",
-            [v for row in rows.values() for v in row.values()],
+            [v for row in rows.values() if len(row) >= SPOKES for v in row.values()],
             lambda: figures.radar(rows, "Accuracy by task, %", whiskers=_spread(runs)),
         ),
         _gains(runs, "figure1b", "Fig. 1b: Visual-OPSD minus ThinkMorph", "thinkmorph"),
@@ -153,7 +154,7 @@ def attention(runs: Runs, mode: str, *keys: str) -> list[Measured]:
 
 def figure5(runs: Runs) -> Picture | None:
     """Wins and losses of the student against the model that draws."""
-    tasks = runs.found(lambda: runs.results.tasks("seed0/pairs.json")) or [OVERALL]
+    tasks = runs.tasks("pairs.json") or [OVERALL]
     found = {t: runs.found(lambda t=t: runs.paired("opsd", "thinkmorph", t)) for t in tasks}
     counts = {
         titled(t): None if f is None else (f.both, f.only_first, f.only_second, f.neither)
@@ -223,7 +224,7 @@ def sweeps(runs: Runs) -> Picture | None:
 
 def controls(runs: Runs) -> Picture | None:
     """The KL under controls."""
-    tasks = runs.found(lambda: runs.results.tasks("seed0/kl/summary.json")) or []
+    tasks = runs.tasks("kl/summary.json")
     shown = {m: t for m, t in KL_CONTROLS.items() if m != "identical"}
     rows = {
         titled(task): {

@@ -42,6 +42,8 @@ class RunPlan:
     """What was to be run: plan.json of a results folder.
 
     command: makes what is missing. defaults, sweeps: knob -> value of the main run, other values.
+    steps: updates of a run. quick: the numbers mean nothing. own_questions: each seed has test
+    questions of its own.
     """
 
     title: str
@@ -50,6 +52,9 @@ class RunPlan:
     seeds: int
     defaults: Mapping[str, str]
     sweeps: Mapping[str, list[str]]
+    steps: int = 0
+    quick: bool = False
+    own_questions: bool = True
 
     @classmethod
     def read(cls, folder: Path) -> "RunPlan":
@@ -121,6 +126,13 @@ class Runs:
         value = self.found(read)
         return missing() if value is None else measured(value, form)
 
+    def tasks(self, file: str) -> list[str]:
+        """Tasks of a file of every seed, from the first seed that has it; none where none has."""
+        for seed in self.seeds:
+            if self.results.has(f"seed{seed}/{file}"):
+                return self.results.tasks(f"seed{seed}/{file}")
+        return []
+
     # ---- accuracies ------------------------------------------------------------------------------
 
     def columns(self, folder: str, systems: Sequence[str]) -> list[str]:
@@ -150,6 +162,11 @@ class Runs:
             raise NotRun(f"{file}: {column}")
         return found[column]
 
+    def difference(self, seed: int, first: str, second: str, task: str = OVERALL) -> Measured:
+        """Points between two systems on the questions of one seed."""
+        file, pair = f"seed{seed}/pairs.json", f"{first}:{second}"
+        return self.results.value(file, "difference", task=task, id=pair).scaled(100)
+
     def paired(self, first: str, second: str, task: str = OVERALL) -> Paired:
         """Two systems on the questions of all seeds together.
 
@@ -177,10 +194,7 @@ class Runs:
             only_first,
             only_second,
             neither,
-            tuple(
-                Measured(100 * values["difference"]["value"], (source,))
-                for values, source in zip(found, sources, strict=True)
-            ),
+            tuple(self.difference(seed, first, second, task) for seed in self.seeds),
         )
 
 

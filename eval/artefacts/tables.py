@@ -6,7 +6,6 @@ from eval.artefacts.model import Cell, Measured, Number, Table, measured, missin
 from eval.artefacts.results import OVERALL
 from eval.artefacts.runs import (
     MEAN,
-    Paired,
     Runs,
     from_paper,
     p_value,
@@ -115,8 +114,7 @@ def paired_table(runs: Runs, name: str, pairs: Sequence[str]) -> Table:
     rows = []
     for pair in pairs:
         first, second = pair.split(":")
-        found = runs.found(lambda a=first, b=second: runs.paired(a, b))
-        rows.append((f"{first} - {second}", *_paired_cells(runs, found)))
+        rows.append((f"{first} - {second}", *_paired_cells(runs, first, second)))
     header = ("pair", "points (95 %)", *_by_seed(runs), "only first", "only second", "p")
     note = (
         "Questions of all seeds. Interval and exact McNemar test are over questions, not over "
@@ -129,14 +127,19 @@ def _by_seed(runs: Runs) -> list[str]:
     return [f"seed {seed}" for seed in runs.seeds]
 
 
-def _paired_cells(runs: Runs, found: Paired | None) -> tuple[Cell, ...]:
+def _paired_cells(runs: Runs, first: str, second: str, task: str = OVERALL) -> tuple[Cell, ...]:
+    found = runs.found(lambda: runs.paired(first, second, task))
+    seeds = [
+        runs.found(lambda s=seed: runs.difference(s, first, second, task)) for seed in runs.seeds
+    ]
+    by_seed = [missing() if v is None else measured(v, "{:+.1f}", False) for v in seeds]
     if found is None:
-        return (missing(),) * (4 + len(runs.seeds))
+        return (missing(), *by_seed, *(missing(),) * 3)
     sources = found.difference.sources
     counts = (Measured(float(n), sources) for n in (found.only_first, found.only_second))
     return (
         measured(found.difference, "{:+.1f}"),
-        *(measured(value, "{:+.1f}") for value in found.per_seed),
+        *by_seed,
         *(measured(count, "{:.0f}") for count in counts),
         Number(p_value(found.p), found.p, "measured", sources),
     )
@@ -144,11 +147,9 @@ def _paired_cells(runs: Runs, found: Paired | None) -> tuple[Cell, ...]:
 
 def wins(runs: Runs) -> Table:
     """Questions that one of student and drawing model got right, per task."""
-    tasks = runs.found(lambda: runs.results.tasks("seed0/pairs.json")) or []
     rows = []
-    for task in [*tasks, OVERALL]:
-        found = runs.found(lambda t=task: runs.paired("opsd", "thinkmorph", t))
-        rows.append((titled(task), *_paired_cells(runs, found)))
+    for task in [*runs.tasks("pairs.json"), OVERALL]:
+        rows.append((titled(task), *_paired_cells(runs, "opsd", "thinkmorph", task)))
     header = ("task", "points (95 %)", *_by_seed(runs), "only OPSD", "only ThinkMorph", "p")
     title = "Visual-OPSD minus ThinkMorph, question by question"
     return Table("figure5", title, header, tuple(rows), "Questions of all seeds.")
