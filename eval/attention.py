@@ -16,7 +16,8 @@ attention spread evenly over the visible tokens would give: many tokens get much
 On the first sample of each model the recorded attention is compared with that of the kernel, and
 the run stops if they differ.
 
-Writes attention.json: a record per mode, text and layer (id drawn/txt1/03) and task.
+Writes attention.json: a record per mode, text and layer (id drawn/txt1/03) and task. It is written
+after each mode, so that what ends a later one loses nothing; another run measures all anew.
 
 Memory: two pictures of 1024 x 1024 are 2 (4096 + 4900) tokens, T = 19,000 with the texts. At 7B, in
 bfloat16, that is 29 GB of weights, 2 GB for a layer's MLP and 3 x 128 MiB for the scores, which are
@@ -309,19 +310,32 @@ def read_tasks(args: argparse.Namespace) -> list[list[Sample]]:
 
     Raises:
         UsageError: rows without visual thoughts, which cannot be shuffled.
+        DataError: a row beside which no other has any.
     """
     names = args.tasks or open_sources(args.dataset_config_file).dataset_names
     tasks = [
         first_samples(name, args.data_root, args.split, args.limit_per_task)
         for name in dict.fromkeys(names)
     ]
-    for samples in tasks:
-        if "shuffled" in args.modes and samples[0].example is None:
-            raise UsageError(
-                f"--modes shuffled: {samples[0].benchmark} has no visual thoughts that could stand "
-                "in for others; give --modes drawn noise"
-            )
+    if "shuffled" in args.modes:
+        for samples in tasks:
+            check_others(samples)
     return tasks
+
+
+def check_others(samples: Sequence[Sample]) -> None:
+    """Raise what `read_tasks` says for a task that cannot be shuffled, before a model is loaded.
+
+    Where two of the rows have visual thoughts, every row has another one that does.
+    """
+    if any(sample.example is None or sample.other is None for sample in samples):
+        raise UsageError(
+            f"--modes shuffled: {samples[0].benchmark} has no visual thoughts that could stand "
+            "in for others; give --modes drawn noise"
+        )
+    if sum(bool(sample.example.visual_thoughts) for sample in samples) < 2:
+        for sample in samples:
+            sample.other()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -340,10 +354,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[tuple[str, str], dict]:
-    """Measure, write attention.json, print the table; returns (id, task) -> values."""
+    """Measure, write attention.json after each mode, print the table; (id, task) -> values."""
     check_arguments(args)
     tasks = read_tasks(args)
     values, records, checked = {}, [], None
+    file = Path(args.output_dir) / "attention.json"
     for system, fields in systems(args):
         check, checked = system.inferencer is not checked, system.inferencer
         found = values_of(measure(system, tasks, args, check), system.name, args.seed)
@@ -352,8 +367,7 @@ def run(args: argparse.Namespace) -> dict[tuple[str, str], dict]:
             base_record(task=task, id=id, values=value, **fields)
             for (id, task), value in found.items()
         ]
-    file = Path(args.output_dir) / "attention.json"
-    write_records(file, records)
+        write_records(file, records)
     print(summary(values))
     print(f"saved {file}")
     return values

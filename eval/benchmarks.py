@@ -14,7 +14,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data.example import PROBLEM_COLUMN, DataError, Example, Fields, decode_example
+from data.example import (
+    PROBLEM_COLUMN,
+    DataError,
+    Example,
+    ExampleError,
+    Fields,
+    decode_example,
+)
 from data.parquet import ParquetSource, resolve_root
 from eval.files.originals import LAYOUTS, find_tables, read_tables
 from eval.files.questions import ask_table, counted, first_rows, left_out, make_sample, oddities
@@ -253,5 +260,31 @@ def _make_example(
         question=Question("match", example.answer),
         category=example.task,
         example=example,
-        other=partial(read, index - 1 if index else 1) if len(numbers) > 1 else None,
+        other=partial(_other_example, read, ids, index, source.name),
+    )
+
+
+def _other_example(
+    read: Callable[[int], Example], ids: Sequence[str], index: int, name: str
+) -> Example:
+    """The nearest row before row `index` that has visual thoughts, going round at the beginning; of
+    the first row, the nearest behind it. Rows that cannot be decoded are passed over: each is told
+    where it is asked itself.
+
+    Raises:
+        DataError: no other row has any.
+    """
+    step = -1 if index else 1
+    for distance in range(1, len(ids)):
+        try:
+            other = read((index + step * distance) % len(ids))
+        except ExampleError:
+            continue
+        if other.visual_thoughts:
+            return other
+    others = len(ids) - 1
+    told = f"none of the {others} other rows has any" if others else "there is no other row"
+    raise DataError(
+        f"{name}, row {ids[index]}: the visual thoughts of another row are to be shown, and "
+        f"{told}; add rows that have some, or leave out the contexts and modes called shuffled"
     )

@@ -5,18 +5,21 @@
 Cases are never picked by hand: of each data set the first --per_task questions, in its order, that
 the first system alone got wrong, and the first ones that the second alone got wrong. Of rotated or
 paired questions every row counts for itself; of systems that answered several times the first run.
+A question that a system failed to answer is no case; `failed` says how many a data set has of them.
 
-A case has the problem, the question, both answers and the data set's visual thoughts. What a system
-drew was not kept, so it is asked again: its noise is keyed by seed and row. Where it does not write
-what it wrote then, the record says so under `redraw_error` and has no picture of it.
+A case has the problem, the question, both answers and the data set's visual thoughts. The pictures
+in an answer (drawn, or shown in the place of drawn ones) were not kept, so the system is asked
+again: its noise is keyed by seed and row. Where it does not write what it wrote then, the record
+says so under `redraw_error` and has no picture of it.
 
 Writes cases.json (a record per case), pictures/*.png, cases.md, and pairs.json as eval.pairs does.
+Pictures of an earlier run that no case names any more are removed.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from train.session import exit_on_user_error
 SIDE = 224  # pixels; smaller pictures are enlarged by whole numbers towards it
 RULE = "the first {} of each kind in the order of the data set"
 KINDS = ("only_second", "only_first")  # who is right; the first system's mistakes come first
+PICTURE = re.compile(rf".+-({'|'.join(KINDS)})-\d+-.+-\d+\.png")  # names that `save` gives here
 Record = dict[str, Any]
 
 
@@ -50,7 +54,8 @@ class Case:
     """A question that one of two systems got right.
 
     kind: of KINDS. place: from 1, among the `total` questions of its kind and data set. records:
-    predictions of the first and of the second system.
+    predictions of the first and of the second system. failed: questions of the data set that are
+    left out, since a system failed to answer.
     """
 
     task: str
@@ -58,6 +63,7 @@ class Case:
     place: int
     total: int
     records: tuple[Record, Record]
+    failed: int
 
     @property
     def id(self) -> str:
@@ -75,21 +81,24 @@ def predictions_of(row: Row, task: str) -> dict[str, Record]:
     return {record["id"]: record for record in records if record["values"]["run"] == 0}
 
 
-def mine(first: Row, second: Row, task: str, per_task: int) -> list[Case]:
-    """The cases of a data set, by the rule above."""
-    theirs = predictions_of(second, task)
+def mine(first: Row, second: Row, task: str, per_task: int) -> tuple[list[Case], int]:
+    """The cases of a data set, by the rule above, and how many questions failed."""
+    theirs, failed = predictions_of(second, task), 0
     found: dict[str, list[tuple[Record, Record]]] = {kind: [] for kind in KINDS}
     for id, record in predictions_of(first, task).items():
         if id not in theirs:
             continue
-        rights = record["values"]["correct"], theirs[id]["values"]["correct"]
-        if rights[0] != rights[1]:
-            found["only_first" if rights[0] else "only_second"].append((record, theirs[id]))
-    return [
-        Case(task, kind, place, len(pairs), records)
+        ours, other = record["values"], theirs[id]["values"]
+        if "error" in (ours["finish"], other["finish"]):
+            failed += 1
+        elif ours["correct"] != other["correct"]:
+            found["only_first" if ours["correct"] else "only_second"].append((record, theirs[id]))
+    cases = [
+        Case(task, kind, place, len(pairs), records, failed)
         for kind, pairs in found.items()
         for place, records in enumerate(pairs[:per_task], start=1)
     ]
+    return cases, failed
 
 
 # --- asking again ---------------------------------------------------------------------------------
@@ -138,15 +147,12 @@ class Asker:
         return dataset
 
     def redraw(self, row: Row, case: Case, record: Record) -> Reply | None:
-        """What a system that draws answers once more; None of the others.
+        """What a system answers once more where pictures were in its answer; None of other answers.
 
         Raises:
             UsageError: there are other weights in its folder now.
         """
         settings = read_settings(row.folder / case.task)["settings"]
-        asked = settings["system"]
-        if asked["kind"] != "bagel" or asked["context"] != "interleaved":
-            return None
         if not record["values"]["pictures"]:
             return None
         key = json.dumps([row.name, *(settings[n] for n in ("system", "weights", "protocol"))])
@@ -194,6 +200,20 @@ def save(folder: Path, stem: str, pictures: Sequence[PIL.Image.Image]) -> list[s
     return names
 
 
+def remove_stale(folder: Path, records: Sequence[Record]) -> None:
+    """Remove pictures of earlier runs that no record names; other files stay."""
+    named = {file for record in records for file in named_pictures(record["values"])}
+    for file in (folder / "pictures").glob("*.png"):
+        if PICTURE.fullmatch(file.name) and f"pictures/{file.name}" not in named:
+            file.unlink()
+
+
+def named_pictures(values: Record) -> list[str]:
+    """All pictures of a case, as names below the output folder."""
+    drawn = [file for answer in values["answers"] for file in answer["pictures"]]
+    return [*values["problem"], *values["visual_thoughts"], *drawn]
+
+
 def values_of(case: Case, rows: Sequence[Row], asker: Asker, folder: Path) -> Record:
     """Texts, counts and names of pictures of one case; writes the pictures."""
     sample = asker.sample(rows[0], case, case.records[0])
@@ -202,6 +222,7 @@ def values_of(case: Case, rows: Sequence[Row], asker: Asker, folder: Path) -> Re
         "case": case.kind,
         "place": case.place,
         "total": case.total,
+        "failed": case.failed,
         "rule": RULE.format(asker.args.per_task),
         "question": sample.text,
         "gold": sample.question.gold,
@@ -216,8 +237,25 @@ def values_of(case: Case, rows: Sequence[Row], asker: Asker, folder: Path) -> Re
     }
 
 
+def record_of(case: Case, rows: Sequence[Row], values: Record, info: Record) -> Record:
+    """The result record of a case; commits and seed are those of the answers."""
+    origin = case.records[0]
+    commits = dict.fromkeys(record["commit"] for record in case.records)
+    return base_record(
+        kind="case",
+        system=":".join(row.name for row in rows),
+        task=case.task,
+        id=case.id,
+        values=values,
+        seed=origin["seed"],
+        step=origin["step"],
+        config_hash=origin["config_hash"],
+        info={**info, "commit": ", ".join(commits)},
+    )
+
+
 def answer_of(row: Row, case: Case, record: Record, asker: Asker, folder: Path) -> Record:
-    """What a system answered, and what it drew if it still answers so."""
+    """What a system answered, and the pictures in it if it still answers so."""
     stored = record["values"]
     kept = ("text", "answer", "correct", "finish", "tokens", "prompt")
     reply, pictures, error = asker.redraw(row, case, record), [], ""
@@ -232,10 +270,18 @@ def answer_of(row: Row, case: Case, record: Record, asker: Asker, folder: Path) 
     }
 
 
-def markdown(records: Sequence[Record], rows: Sequence[Row], table: str, rule: str) -> str:
+def markdown(
+    records: Sequence[Record],
+    rows: Sequence[Row],
+    table: str,
+    rule: str,
+    failed: Mapping[str, int],
+) -> str:
     """All cases on a page; texts of systems and data sets stand in fences."""
     first, second = (row.name for row in rows)
     lines = [f"# {first} against {second}", "", f"Cases are {rule}.", "", *fenced(table), ""]
+    if failed:
+        lines += [told_failed(failed), ""]
     for record in records:
         values = record["values"]
         right, wrong = (second, first) if values["case"] == "only_second" else (first, second)
@@ -247,12 +293,18 @@ def markdown(records: Sequence[Record], rows: Sequence[Row], table: str, rule: s
         for answer in values["answers"]:
             verdict = "right" if answer["correct"] else "wrong"
             lines += [f"{answer['system']}, {verdict}:", "", *fenced(answer["text"]), ""]
-            lines += shown(f"drawn by {answer['system']}", answer["pictures"])
+            lines += shown(f"picture in the answer of {answer['system']}", answer["pictures"])
             if answer["redraw_error"]:
                 lines += ["Error, not drawn again:", "", *fenced(answer["redraw_error"]), ""]
     info = records[0] if records else rows[0].records[rows[0].tasks[0]]
     lines += [f"Seed {info['seed']}, commit {info['commit']}, `{run_info()['command']}`.", ""]
     return "\n".join(lines)
+
+
+def told_failed(failed: Mapping[str, int]) -> str:
+    """One line: data set -> questions that are no cases, since a system failed to answer."""
+    counts = ", ".join(f"{count} of {task}" for task, count in failed.items())
+    return f"Left out, since a system failed to answer: {counts}."
 
 
 def fenced(text: str) -> list[str]:
@@ -270,41 +322,34 @@ def shown(title: str, files: Sequence[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> list[Record]:
-    """Find the cases, draw again, write the four outputs."""
+    """Find the cases, ask again for pictures, write the four outputs."""
     positive(per_task=args.per_task)
     if args.first == args.second:
         raise UsageError(f"--first and --second are both {args.first}: name two systems")
     first, second = rows = read_rows([args.folder], (args.first, args.second))
     folder, info = Path(args.output_dir), run_info()
     pairs = compare_rows(first, second)
-    tasks = [task for task in first.tasks if task in pairs]
+    mined = {
+        task: mine(first, second, task, args.per_task) for task in first.tasks if task in pairs
+    }
+    failed = {task: count for task, (_, count) in mined.items() if count}
     asker, records = Asker(args), []
-    for case in (case for task in tasks for case in mine(first, second, task, args.per_task)):
-        origin = case.records[0]
-        commits = dict.fromkeys(record["commit"] for record in case.records)
-        records.append(
-            base_record(
-                kind="case",
-                system=f"{first.name}:{second.name}",
-                task=case.task,
-                id=case.id,
-                values=values_of(case, rows, asker, folder),
-                seed=origin["seed"],
-                step=origin["step"],
-                config_hash=origin["config_hash"],
-                info={**info, "commit": ", ".join(commits)},
-            )
-        )
+    for case in (case for cases, _ in mined.values() for case in cases):
+        records.append(record_of(case, rows, values_of(case, rows, asker, folder), info))
     counted = records_of(first, second, pairs, info)
     write_records(folder / "pairs.json", counted)
     write_records(folder / "cases.json", records)
     table = report_pairs(counted)
-    write_atomic(folder / "cases.md", markdown(records, rows, table, RULE.format(args.per_task)))
+    page = markdown(records, rows, table, RULE.format(args.per_task), failed)
+    write_atomic(folder / "cases.md", page)
+    remove_stale(folder, records)
     answers = [answer for record in records for answer in record["values"]["answers"]]
-    failed = [answer["redraw_error"] for answer in answers if answer["redraw_error"]]
+    errors = [answer["redraw_error"] for answer in answers if answer["redraw_error"]]
     print(table)
     if failed:
-        print(f"error: {len(failed)} answers could not be drawn again; the first: {failed[0]}")
+        print(told_failed(failed))
+    if errors:
+        print(f"error: {len(errors)} answers could not be drawn again; the first: {errors[0]}")
     print(f"saved {len(records)} cases: {folder}/cases.md, cases.json, pairs.json and pictures/")
     return records
 

@@ -7,8 +7,11 @@ The teacher is the base, shown the visual thoughts of the data set (C_T); the st
 checkpoint, or the base itself, shown the problem alone (C_S). Both read the same completion: the
 data set's text, or what the student writes under C_S. Per token: KL_t (Eq. 4), the clipped JSD_t of
 training and how many of its entries are at the clip, both entropies, the five likeliest tokens of
-either side, and the class of the token. Everything but JSD_t is over the full vocabulary; logits
-are float32.
+either side, and the class of the token. Everything but JSD_t is over the full vocabulary at
+temperature 1; logits are float32.
+
+A text of the student ends where it asks for a picture. In training it is sampled alike, but may go
+on behind such a request, once by default (--sample_max_image_skips).
 
 Writes microscope.html, one page without a server or other files, and microscope.json.
 """
@@ -47,8 +50,8 @@ TOP = 5  # likeliest tokens shown per side
 Source = Literal["dataset", "sample", "greedy"]
 WRITERS = {
     "dataset": "the data set's texts",
-    "sample": "samples of the student at temperature 1, without visual thoughts",
-    "greedy": "greedy texts of the student, without visual thoughts",
+    "sample": "samples of the student at temperature 1, up to its first request for a picture",
+    "greedy": "greedy texts of the student, up to its first request for a picture",
 }
 
 
@@ -122,7 +125,7 @@ def look(
 def completions(
     source: Source, scorer: Scorer, student: Bagel, examples: Sequence[Example], budget: int
 ) -> list[TokenIds]:
-    """What is looked at; written texts are the student's own, as in training."""
+    """What is looked at; written texts are the student's own, up to a request for a picture."""
     if source != "greedy":
         return Scorer(student, scorer.processor, scorer.seed).completions(examples, source, budget)
     contexts = [student_context(example, scorer.processor) for example in examples]
@@ -206,6 +209,7 @@ def jsd_config(args: argparse.Namespace) -> JSDConfig:
             top_k_mode=args.jsd_top_k_mode,
             token_clip=args.jsd_token_clip,
             clip_mode=args.jsd_clip_mode,
+            temperature=args.jsd_temperature,
         )
     except ValueError as error:
         raise UsageError(f"--jsd_{error}") from error
@@ -243,7 +247,8 @@ def run(args: argparse.Namespace) -> list[Slide]:
         completions=f"{WRITERS[args.completion]} ({args.split})",
         clip=config.token_clip if config.clips == "entry" else None,
         divergence=f"beta {config.beta}, top {compared_entries(config, sizes[0])} entries "
-        f"({config.top_k_mode}), clip {config.token_clip if config.clips == 'entry' else 'off'}",
+        f"({config.top_k_mode}), temperature {config.temperature}, "
+        f"clip {config.token_clip if config.clips == 'entry' else 'off'}",
         intro=scorer.processor.prompts.reference_intro,
         transition=scorer.processor.prompts.transition,
         origin=f"{records[0]['command']}, seed {args.seed}, commit {records[0]['commit']}",
@@ -265,6 +270,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=1024, help="of written completions")
     add("--seed", type=int, default=42, help="of the rows and of sampling")
     add("--jsd_beta", type=float, default=0.5, help="teacher's share of the mixture")
+    add("--jsd_temperature", type=float, default=1.0, help="softmax temperature, of JSD_t alone")
     add("--jsd_top_k", type=int, default=256, help="teacher entries kept per token; 0 = all")
     add(
         "--jsd_top_k_mode",

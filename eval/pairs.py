@@ -5,8 +5,9 @@
 Per pair and data set: how many questions both got right, the first alone, the second alone and
 neither; the difference of the accuracies with Newcombe's interval for pairs, and McNemar's exact
 test. `overall` has the sums of the counts with the test on all questions together, and means over
-the data sets, each counting the same, with an interval made of theirs. Of systems that answered
-several times the first run counts.
+the data sets, each counting the same, with an interval made of theirs. These are two questions, and
+the answers may differ: the mean difference is over data sets, p over questions, in which a large
+data set counts for more. Of systems that answered several times the first run counts.
 """
 
 import argparse
@@ -31,7 +32,8 @@ class Pair:
 
     n: questions. first, second: accuracies. both, only_first, only_second, neither: questions by
     who got them right. difference: first minus second, with its 95 % interval. p: of McNemar's
-    exact test.
+    exact test. Of several data sets together first, second and difference are means over the data
+    sets, the counts sums, and p that of the sums: pooled over questions, not of this difference.
     """
 
     n: int
@@ -85,18 +87,14 @@ def compare_rows(first: Row, second: Row) -> dict[str, Pair]:
     """Data set -> pair, of those that both have answered, and `overall` at the end.
 
     Raises:
-        UsageError: there is no such data set, or they answered different versions of one.
+        UsageError: there is no such data set, or they answered different versions of one, or under
+            different protocols.
     """
     pairs = {}
     for task in first.tasks:
         if task not in second.records:
             continue
-        hashes = [row.values(task)["file_hash"] for row in (first, second)]
-        if hashes[0] != hashes[1]:
-            raise UsageError(
-                f"{task}: {first.name} answered the file {hashes[0]}, {second.name} the file "
-                f"{hashes[1]}: these are different questions; ask both on one file"
-            )
+        _check_comparable(first, second, task)
         results = results_of(first, task), results_of(second, task)
         if results[0].keys().isdisjoint(results[1]):
             raise UsageError(f"{task}: {first.name} and {second.name} have no question in common")
@@ -109,11 +107,30 @@ def compare_rows(first: Row, second: Row) -> dict[str, Pair]:
     return pairs | {OVERALL: together(list(pairs.values()))}
 
 
+def _check_comparable(first: Row, second: Row, task: str) -> None:
+    files, protocols = (
+        [row.values(task)[name] for row in (first, second)]
+        for name in ("file_hash", "protocol_hash")
+    )
+    if files[0] != files[1]:
+        raise UsageError(
+            f"{task}: {first.name} answered the file {files[0]}, {second.name} the file "
+            f"{files[1]}: these are different questions; ask both on one file"
+        )
+    if protocols[0] != protocols[1]:
+        names = [row.values(task)["protocol"] for row in (first, second)]
+        raise UsageError(
+            f"{task}: {first.name} answered under the protocol {names[0]} ({protocols[0]}), "
+            f"{second.name} under {names[1]} ({protocols[1]}): prompts, budget or images differ; "
+            "ask both with one --protocol"
+        )
+
+
 def records_of(
     first: Row, second: Row, pairs: Mapping[str, Pair], info: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """A result record per data set. Commits and seed are those of the answers; `overall` names the
-    data sets that it is a mean over.
+    data sets that it is a mean over; its p is pooled over their questions (see `Pair`).
     """
     records, tasks = [], [task for task in pairs if task != OVERALL]
     for task, pair in pairs.items():

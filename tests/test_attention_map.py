@@ -1,6 +1,7 @@
 """Recorded attention against a float64 loop over heads and rows, and against the kernel itself."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ from modeling.attention_map import (
 )
 from modeling.bagel import text_logits
 from modeling.sequence import Latent, Split, Text, pack
+from tests import data_helpers
+from tests.data_helpers import cell, write_source
 from tests.test_interleaved import ASKING, CLOSING, Inferencer, photo
 from tests.tiny_model import TOKENS, random_image, tiny_drawer
 from tests.training import drawing_base
@@ -402,3 +405,39 @@ def test_rows_without_visual_thoughts_cannot_be_shuffled(monkeypatch):
         attention.read_tasks(attention.parse(flags("unused")))
     one = attention.read_tasks(attention.parse([*flags("unused"), "--modes", "drawn", "noise"]))
     assert one == [plain]
+
+
+def test_a_task_that_cannot_be_shuffled_is_told_before_a_model_is_loaded(tmp_path, capsys):
+    """Its one row that has any stands in for others, and nothing for it."""
+    bare = [data_helpers.record(k, reasoning_image_0=cell(None)) for k in (1, 2)]
+    for rows_of, words in (
+        ([data_helpers.record(0)], "One, row p0: .* there is no other row"),
+        ([*bare, data_helpers.record(0)], "One, row p0: .* none of the 2 other rows has any"),
+    ):
+        write_source(tmp_path, "One", rows_of, split="validation")
+        places = {"tasks": "One", "data_root": tmp_path, "model_path": tmp_path / "nowhere"}
+        with pytest.raises(SystemExit) as stopped:
+            attention.main(flags(tmp_path / "out", **places))
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2 and "\n" not in error and re.search(words, error)
+        assert "leave out the contexts and modes called shuffled" in error
+        args = attention.parse([*flags("unused", **places), "--modes", "drawn", "noise"])
+        ((*_, sample),) = attention.read_tasks(args)
+        assert sample.id == "p0"
+
+
+def test_what_was_measured_survives_a_later_failure(tmp_path, monkeypatch, capsys):
+    measure = attention.measure
+
+    def failing(system, *rest):
+        if system.name == "noise":
+            raise DataError("noise: nothing measured")
+        return measure(system, *rest)
+
+    monkeypatch.setattr(attention, "measure", failing)
+    with pytest.raises(SystemExit):
+        attention.main(flags(tmp_path))
+    assert "nothing measured" in capsys.readouterr().err
+    records = read_records(tmp_path / "attention.json")
+    assert {record["id"].split("/")[0] for record in records} == {"drawn"}
+    assert len(records) == 2 * 2 * 2  # texts, layers, the task and overall

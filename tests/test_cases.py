@@ -121,6 +121,7 @@ def test_a_case_has_what_was_asked_answered_and_shown(world: Path, answered: Pat
             stored = read_records(answered / answer["system"] / TASK / PREDICTIONS)
             (known,) = [r["values"]["text"] for r in stored if r["id"] == record["id"]]
             assert answer["text"] == known and answer["redraw_error"] == ""
+            assert values["failed"] == 0
             assert known in (output / "cases.md").read_text()
 
 
@@ -140,6 +141,87 @@ def test_pictures_are_those_of_the_answer(world: Path, answered: Path) -> None:
             assert np.array_equal(pixels(output / file), np.asarray(enlarged(picture)))
             drawn += 1
     assert drawn > 0
+
+
+@pytest.mark.parametrize("shown", ["thinkmorph-noise", "thinkmorph-shuffled", "interleaved-true"])
+def test_pictures_shown_instead_are_those_of_the_answer(world: Path, tmp_path: Path, shown) -> None:
+    answered = tmp_path / "answers"
+    systems = (f"{shown}={drawing_base()}", f"opsd={world / 'base'}")
+    run.main(flags(world, answered, *systems, benchmarks=[TASK]))
+    for system, rights in ((shown, FIRST), ("opsd", SECOND)):
+        judge(answered / system / TASK, rights)
+    output, records = mine(world, answered, "--first", shown, "--per_task", "9")
+    stored = {r["id"]: r["values"] for r in read_records(answered / shown / TASK / PREDICTIONS)}
+    protocol = Protocol.load(world / "short.yaml")
+    config = run.system_config(systems[0]).model
+    system = BagelSystem.open("x", config, protocol, load_pretrained(world / "base").device)
+    samples = {s.id: s for s in first_samples(TASK, world / "datasets", "validation", ROWS)}
+    assert len(records) == 5
+    for record in records:
+        answer = record["values"]["answers"][0]
+        assert len(answer["pictures"]) == stored[record["id"]]["pictures"]
+        (reply,) = ask(system, [samples[record["id"]]], 0, 0)
+        for file, picture in zip(answer["pictures"], reply.pictures, strict=True):
+            assert np.array_equal(pixels(output / file), np.asarray(enlarged(picture)))
+    assert sum(len(r["values"]["answers"][0]["pictures"]) for r in records) > 0
+    change(answered / shown / TASK, [{"text": "another answer"}] * ROWS)
+    _, records = mine(world, answered, "--first", shown)
+    for record in records:
+        answer = record["values"]["answers"][0]
+        had = stored[record["id"]]["pictures"] > 0
+        assert answer["redraw_error"].startswith("asked again, ") == had
+        assert answer["pictures"] == []
+
+
+def test_pictures_of_an_earlier_run_go_and_other_files_stay(world: Path, answered: Path) -> None:
+    output, many = mine(world, answered, "--per_task", "9")
+    before = {file.name for file in (output / "pictures").iterdir()}
+    for name in ("mine.png", f"{TASK}-only_first.png", f"{TASK}-only_first-1-problem-1.txt"):
+        (output / "pictures" / name).touch()
+    (output / "pictures" / f"{OTHER}-only_second-3-thinkmorph-2.png").touch()
+    _, few = mine(world, answered, "--per_task", "1")
+    named = {
+        Path(file).name
+        for values in (record["values"] for record in few)
+        for files in (
+            values["problem"],
+            values["visual_thoughts"],
+            *(answer["pictures"] for answer in values["answers"]),
+        )
+        for file in files
+    }
+    kept = {"mine.png", f"{TASK}-only_first.png", f"{TASK}-only_first-1-problem-1.txt"}
+    assert {file.name for file in (output / "pictures").iterdir()} == named | kept
+    assert len(few) < len(many) and named < before
+
+
+def test_failed_answers_are_no_cases(world: Path, answered: Path, capsys) -> None:
+    failed = {"finish": "error", "text": "", "correct": False, "pictures": 0}
+    change(answered / "thinkmorph" / TASK, [{}, failed, {}, {}, {}, {}])
+    change(answered / "opsd" / TASK, [{}, {}, failed, {}, {}, failed])
+    ids = [record["id"] for record in read_records(answered / "opsd" / TASK / PREDICTIONS)]
+    capsys.readouterr()
+    output, records = mine(world, answered)
+    found = [(r["values"]["case"], r["id"], r["values"]["total"]) for r in records]
+    assert found == [
+        ("only_second", ids[3], 1),
+        ("only_first", ids[0], 2),
+        ("only_first", ids[4], 2),
+    ]
+    assert {record["values"]["failed"] for record in records} == {3}
+    line = f"Left out, since a system failed to answer: 3 of {TASK}."
+    assert line in capsys.readouterr().out and line in (output / "cases.md").read_text()
+
+
+def test_answers_of_another_protocol_are_refused(world: Path, answered: Path, capsys) -> None:
+    file = answered / "opsd" / "scores.json"
+    records = read_records(file)
+    for record in records:
+        record["values"]["protocol_hash"] = "f" * 12
+    write_records(file, records)
+    with pytest.raises(SystemExit):
+        mine(world, answered)
+    assert "opsd under short (ffffffffffff)" in capsys.readouterr().err
 
 
 def test_what_is_not_drawn_again_is_said_so(world: Path, answered: Path, capsys) -> None:

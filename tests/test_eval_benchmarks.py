@@ -223,3 +223,53 @@ def test_beside_each_row_of_a_training_set_stands_another(tmp_path):
     assert samples[0].other().visual_thoughts[0].tobytes() == (
         samples[1].example.visual_thoughts[0].tobytes()
     )
+
+
+BROKEN = cell(noisy_png()[:1500])
+
+
+def others_of(root, rows, limit=None):
+    """Per row that is asked, the one whose visual thoughts may stand in for its own."""
+    write_source(root, "Toys", rows, split="test")
+    dataset = opened(root, "Toys", data_root=root, limit=limit)
+    return [sample.other for sample in dataset]
+
+
+def test_a_row_without_visual_thoughts_does_not_stand_in_for_another(tmp_path):
+    rows = [record(k) for k in range(6)]
+    for number in (1, 2, 5):
+        rows[number]["reasoning_image_0"] = BROKEN if number < 5 else cell(None)
+    found = [other() for other in others_of(tmp_path, rows)]
+    assert [other.pid for other in found] == ["p3", "p0", "p0", "p0", "p3", "p4"]
+    for other in found:
+        picture = decode_image(png(1000 + int(other.pid[1:])))
+        np.testing.assert_array_equal(pixels(other.visual_thoughts[0]), pixels(picture))
+    rows[0]["reasoning_image_0"] = cell(None)
+    found = [other().pid for other in others_of(tmp_path, rows)]
+    assert found == ["p3", "p4", "p4", "p4", "p3", "p4"]  # round from the first to the last
+    first = others_of(tmp_path, rows, limit=1)
+    assert [other().pid for other in first] == ["p3"]  # also among rows that are not asked
+
+
+def test_a_row_that_cannot_be_decoded_is_passed_over(tmp_path, monkeypatch):
+    """Its bytes look whole, and its pixels are not: found out when it is read."""
+    monkeypatch.setattr("eval.benchmarks.damage", lambda data: "")
+    rows = [record(k) for k in range(4)]
+    rows[1]["problem_image_0"] = BROKEN
+    found = [other().pid for other in others_of(tmp_path, rows[:1] + rows[2:])]
+    assert found == ["p2", "p0", "p2"]
+    write_source(tmp_path, "Toys", rows, split="test")
+    dataset = opened(tmp_path, "Toys", data_root=tmp_path)
+    assert [dataset[number].other().pid for number in (0, 2, 3)] == ["p2", "p0", "p2"]
+
+
+def test_only_where_no_other_row_has_any_that_is_an_error(tmp_path):
+    rows = [record(0), *(record(k, reasoning_image_0=BROKEN) for k in (1, 2))]
+    other, *rest = others_of(tmp_path, rows)
+    assert [read().pid for read in rest] == ["p0", "p0"]
+    words = "Toys, row p0: .* none of the 2 other rows has any; add rows that have some, or leave"
+    with pytest.raises(DataError, match=words):
+        other()
+    (alone,) = others_of(tmp_path, rows[:1])
+    with pytest.raises(DataError, match="row p0: .*there is no other row; add rows"):
+        alone()

@@ -26,6 +26,7 @@ from eval.systems import is_sampled, system_config
 from inferencer import InterleaveInferencer
 from modeling.bagel import NoGenerationError
 from modeling.sequence import Image, Latent
+from tests.data_helpers import cell, noisy_png, png, record, write_source
 from tests.test_interleaved import ASKING, CLOSING, Inferencer, photo
 from tests.tiny_model import tiny_bagel, tiny_drawer
 from tests.training import drawing_base
@@ -236,6 +237,33 @@ def test_another_row_without_visual_thoughts_is_named(drawer):
     bare = [sample_of(1, example_of(11, thoughts=0))]
     with pytest.raises(DataError, match="visual thoughts of another row, and the one beside 1 of"):
         scripted(drawer, "interleaved_shuffled").answer(bare, [1])
+
+
+def test_a_damaged_picture_in_the_row_beside_ends_no_evaluation(drawer, tmp_path):
+    rows = [record(k, problem_image_0=cell(png(k, (30, 14)))) for k in range(3)]
+    rows[1]["reasoning_image_0"] = cell(noisy_png()[:1500])
+    write_source(tmp_path, "Toys", rows)
+    samples = first_samples("Toys", tmp_path, "train", 3)
+    assert [len(sample.example.visual_thoughts) for sample in samples] == [1, 0, 1]
+    replies = scripted(drawer, "interleaved_shuffled").answer(samples, list(SCRIPT))
+    assert [len(reply.pictures) for reply in replies] == [2, 1, 0]
+    for reply, other in zip(replies[:2], (2, 0), strict=True):
+        (expected,) = samples[other].example.visual_thoughts
+        assert {picture.tobytes() for picture in reply.pictures} == {
+            expected.resize((16, 8), PIL.Image.Resampling.BICUBIC).tobytes()
+        }
+    teacher = scripted(drawer, "teacher_shuffled")
+    assert len(teacher.segments(samples[2], 0)) == len(teacher.segments(samples[0], 0))
+
+
+@pytest.mark.parametrize("control", ["blank", "problem", "crop"])
+def test_only_shuffled_needs_another_row(drawer, control):
+    alone = dataclasses.replace(sample_of(1), other=None)
+    system = scripted(drawer, f"teacher_{control}")
+    found, beside = (system.segments(sample, 3) for sample in (alone, sample_of(1)))
+    assert [content(segment) for segment in found] == [content(segment) for segment in beside]
+    with pytest.raises(DataError, match="and the one beside 1 of Toy has none; give it one that"):
+        scripted(drawer, "teacher_shuffled").segments(alone, 3)
 
 
 def test_a_model_without_its_vae_is_refused():

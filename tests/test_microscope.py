@@ -107,6 +107,26 @@ def test_every_number_of_a_token_by_hand(world: Path, scorer: Scorer) -> None:
     assert len({token.clipped for token in slide.tokens}) > 1  # the limit is neither all nor none
 
 
+def test_the_temperature_is_of_the_divergence_alone(world: Path, scorer: Scorer) -> None:
+    student = load_pretrained(world / "other")
+    row, tokenizer = example(world), scorer.processor.tokenizer
+    token_ids = tuple(tokenizer.encode("<think>up</think>"))
+    config = JSDConfig(top_k=0, clip_mode="off", temperature=2.0)
+    warm = look(scorer, student, row, token_ids, config).tokens
+    cold = look(scorer, student, row, token_ids, JSDConfig(top_k=0, clip_mode="off")).tokens
+    teacher = by_hand(scorer, scorer.base, teacher_context(row, scorer.processor), token_ids)
+    ours = by_hand(scorer, student, student_context(row, scorer.processor), token_ids)
+    for token, other, p, q in zip(warm, cold, teacher, ours, strict=True):
+        p, q = (p / 2).softmax(-1), (q / 2).softmax(-1)
+        m = (p + q) / 2
+        jsd = 0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum()
+        assert token.jsd == pytest.approx(4 * float(jsd), abs=2e-6)
+        assert (token.kl, token.teacher, token.student) == (other.kl, other.teacher, other.student)
+    assert max(abs(t.jsd - o.jsd) for t, o in zip(warm, cold, strict=True)) > 1e-4
+    args = microscope.parse(["--output_dir", "unused", "--jsd_temperature", "2.0"])
+    assert microscope.jsd_config(args).temperature == 2.0
+
+
 def test_clipped_entries_are_counted_in_every_mode() -> None:
     """Two rows over four entries whose distributions are set by hand."""
     head = torch.nn.Linear(4, 4, bias=False)
@@ -148,6 +168,8 @@ def test_records_name_their_origin(measured: Path) -> None:
     values = records[0]["values"]
     assert (values["student"], values["completion"]) == ("other", "dataset")
     assert (values["jsd"]["beta"], values["jsd"]["token_clip"]) == (0.5, 0.05)
+    assert values["jsd"]["temperature"] == 1.0
+    assert ", temperature 1.0, clip 0.05" in (measured / "trained/microscope.html").read_text()
     assert set(values["tokens"][0]) == {
         "text", "id", "kl", "jsd", "clipped", "entries", "class", "teacher", "student",
         "teacher_p", "student_p", "teacher_entropy", "student_entropy",
@@ -160,6 +182,7 @@ def test_records_name_their_origin(measured: Path) -> None:
     [
         ({"num_samples": 0}, "--num_samples must be at least 1, got 0"),
         ({"num_samples": 100}, "Visual_Search: 6 usable validation rows, --num_samples 100"),
+        ({"jsd_temperature": 0.0}, "--jsd_temperature=0.0 must be positive"),
         ({"jsd_beta": 0.0}, "--jsd_beta=0.0 with an entry clip of 0.05"),
         ({"student_path": "nowhere"}, "nowhere"),
     ],

@@ -141,6 +141,12 @@ def test_mistakes_are_named(answered: Path, capsys, arguments, words) -> None:
     ("task", "changes", "words"),
     [
         ("VStarBench", {"file_hash": "other"}, "VStarBench: a answered the file f, d the file"),
+        (
+            "VStarBench",
+            {"protocol": "mine", "protocol_hash": "k"},
+            "VStarBench: a answered under the protocol asked (h), d under mine (k): prompts, "
+            "budget or images differ; ask both with one --protocol",
+        ),
         ("MMVP", {}, "a and d have no data set in common: VStarBench, BLINK against MMVP"),
     ],
 )

@@ -228,8 +228,9 @@ class BagelSystem:
         """What the model is shown of a sample; noise and crop are keyed by its seed."""
         processor = self.inferencer.processor
         if self.context in CONTROLLED:
-            example, other = self._example(sample), self._other(sample)
-            shown = controlled(example, CONTROLLED[self.context], other, seed)
+            example, control = self._example(sample), CONTROLLED[self.context]
+            other = self._other(sample) if control == "shuffled" else example
+            shown = controlled(example, control, other, seed)
             return teacher_context(shown, processor)
         vt = SHOWN.get(self.context)
         if vt is None:
@@ -267,12 +268,17 @@ class BagelSystem:
         return example
 
     def _other(self, sample: Sample) -> Example:
-        """Another row of the data set, with visual thoughts."""
+        """Another row of the data set, with visual thoughts.
+
+        Raises:
+            DataError: there is none.
+        """
         other = sample.other() if sample.other is not None else None
         if other is None or not other.visual_thoughts:
             raise DataError(
                 f"{self.name}: context {self.context} needs the visual thoughts of another row, "
-                f"and the one beside {sample.id} of {sample.benchmark} has none"
+                f"and the one beside {sample.id} of {sample.benchmark} has none; give it one that "
+                "has some, or evaluate a context that shows no other row's"
             )
         return other
 
