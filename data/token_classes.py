@@ -3,7 +3,7 @@
     tag          <think>, </answer>, <image_start>, ...
     answer       what stands between <answer> and </answer>
     number       a word with a digit
-    function     a word of FUNCTION_WORDS
+    function     a word of FUNCTION_WORDS, or a contraction of such words
     content      any other word
     other        punctuation and white space
 
@@ -19,17 +19,23 @@ from modeling.tokenizer import Tokenizer, TokenizerError
 
 TokenClass = Literal["tag", "answer", "number", "function", "content", "other"]
 CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
-# Grammar only: words of place, direction, order and amount are what visual problems turn on.
+# Grammar only: words of place, direction, order and amount are what visual problems turn on. What
+# negates belongs to it, as it does in the contractions, where it has no place of its own.
 _GRAMMAR = """
-    also am an and any are as at be because been being but by can could did do does for from had
-    has have he her here his how i if is it its just may might must my nor of or our shall she
-    should since so some such than that the their them then there these they this those thus to was
-    we were what when which while who whose why will with would yet you your
+    also am an and any are as at be because been being but by can cannot could did do does for from
+    had has have he her here his how i if is it its just may might must my no nor not of or our
+    shall she should since so some such than that the their them then there these they this those
+    thus to was we were what when which while who whose why will with would yet you your
 """
-FUNCTION_WORDS = frozenset(_GRAMMAR.split())
+_NEGATED = """
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't
+    needn't shan't shouldn't wasn't weren't won't wouldn't let's
+"""
+FUNCTION_WORDS = frozenset((_GRAMMAR + _NEGATED).split())
+ENDINGS = frozenset(["d", "ll", "m", "re", "s", "ve"])  # "it's", "they're"; not those of a noun
 TAG = re.compile(r"</?\w+>")
 ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
-WORD = re.compile(r"\w+")
+WORD = re.compile(r"\w+(?:['’]\w+)*")
 ARTICLE = re.compile(r"[aA]\s+[^\W\d_]{2,}")  # a single letter elsewhere is a label
 TORN = "\ufffd"  # stands for bytes that are no character, or not yet
 LONGEST_START = 3  # bytes of a character that is not complete
@@ -104,7 +110,7 @@ def character_classes(text: str) -> list[TokenClass]:
             name = "number"
         elif word[0] in "aA":
             name = "function" if ARTICLE.match(text, word.start()) else "content"
-        elif word[0].casefold() in FUNCTION_WORDS:
+        elif _is_function(word[0].casefold().replace("’", "'")):
             name = "function"
         mark(word.span(), name)
     for answer in ANSWER.finditer(text):
@@ -112,3 +118,8 @@ def character_classes(text: str) -> list[TokenClass]:
     for tag in TAG.finditer(text):
         mark(tag.span(), "tag")
     return found
+
+
+def _is_function(word: str) -> bool:
+    stem, _, ending = word.partition("'")
+    return word in FUNCTION_WORDS or (stem in FUNCTION_WORDS and ending in ENDINGS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ LINE = {
     "ended_by_budget": 0.1,
     "empty_completions": 0.0,
     "student_mass_outside": 0.01,
+    "k_gen": 0.2,
 }
 
 
@@ -40,7 +42,7 @@ def line(step: int, **values: float) -> dict[str, float]:
 
 
 def setting(policy: str, total_steps: int = 99, announce: bool = False) -> Setting:
-    return Setting(policy, total_steps, completions=1600, announce=announce)
+    return Setting(policy, total_steps, global_batch=1600, announce=announce)
 
 
 def watching(policy: str, total_steps: int, announce: bool) -> Sentinel:
@@ -48,11 +50,13 @@ def watching(policy: str, total_steps: int, announce: bool) -> Sentinel:
 
 
 def lights(watch: Sentinel, *lines: dict[str, float]) -> list[float]:
-    return [watch.line(line(step, **values))["sentinel"] for step, values in enumerate(lines, 1)]
+    """Of the lines after the next updates."""
+    steps = enumerate(lines, watch.state.reported + 1)
+    return [watch.line(line(step, **values))["sentinel"] for step, values in steps]
 
 
-def probe(accuracy: float, k_gen: float) -> dict[str, float]:
-    return {"accuracy": accuracy, "k_gen": k_gen}
+def probe(accuracy: float, k_gen: float, n: int = 200) -> dict[str, float]:
+    return {"accuracy": accuracy, "k_gen": k_gen, "n": n}
 
 
 # ---- signals ----------------------------------------------------------------------------------
@@ -66,6 +70,7 @@ def probe(accuracy: float, k_gen: float) -> dict[str, float]:
         ("ended_by_budget", 0.29, 0.31),
         ("empty_completions", 0.09, 0.11),
         ("student_mass_outside", 0.059, 0.061),
+        ("k_gen", 0.299, 0.301),
     ],
 )
 def test_lines_are_held_to_the_first_report(capsys, name, within, beyond):
@@ -76,9 +81,9 @@ def test_lines_are_held_to_the_first_report(capsys, name, within, beyond):
     assert found == [1, 0, 1, 2, 2]  # two looks in a row; a good one in between begins anew
     said = capsys.readouterr().out.splitlines()
     assert [text.split(": ")[0] for text in said] == [
-        "sentinel yellow after 1 updates",
-        "sentinel yellow after 3 updates",
-        "sentinel red after 4 updates",  # and not again while it stays
+        "sentinel yellow after 4 updates",
+        "sentinel yellow after 6 updates",
+        "sentinel red after 7 updates",  # and not again while it stays
     ]
     assert all(name in text and f"{beyond:g}" in text and "try a" in text for text in said)
 
@@ -120,15 +125,112 @@ def test_what_a_line_lacks_is_no_signal():
     assert watch.line({"step": 3, "completion_length": 30.0}) == {"sentinel": 1}
 
 
+def test_accuracy_on_few_rows_may_fall_by_chance():
+    """Twice sqrt(0.5 / n): 22.4 points of 40 rows, 10 of 200; never less than 10."""
+    for n, within, beyond in ((40, 0.277, 0.276), (200, 0.4, 0.399), (2000, 0.4, 0.399)):
+        for accuracy, light in ((within, 0), (beyond, 1)):
+            found = watching("warn", 9, False).validation(
+                1, [probe(0.5, 0.2, n)], probe(accuracy, 0.2, n)
+            )
+            assert found == {"sentinel": light}
+
+
+def test_a_gap_that_falls_does_not_count():
+    """Of both kinds of looks; a gap that stays does, and what has turned red stays so."""
+    gaps = [0.2, 0.4, 0.39, 0.38, 0.38, 0.37, 0.2, 0.31, 0.3, 0.29]
+    expected = [0, 1, 1, 1, 2, 2, 0, 1, 0, 0]
+    watch = watching("warn", 99, False)
+    assert lights(watch, *({"k_gen": gap} for gap in gaps)) == expected
+    watch, scores = watching("warn", 99, False), [probe(0.5, gap) for gap in gaps]
+    found = [watch.validation(n, scores[:n], scores[n])["sentinel"] for n in range(1, len(gaps))]
+    assert found == expected[1:]
+
+
+def test_a_gap_that_falls_is_not_acted_upon():
+    """A warned run that goes on with another policy, red and on its way back."""
+    state = State(before={"k_gen": 0.5}, reported=2, counts={"k_gen": 2})
+    for gap, stopped in ((0.4, False), (0.6, True)):
+        watch = Sentinel(setting("stop_and_keep_best"), state)
+        first = sentinel.sized(line(1), 1600)
+        watch.state = State(first, state.before, 2, state.counts)
+        assert watch.line(line(3, k_gen=gap)) == {"sentinel": 2}
+        assert bool(watch.stopped) == stopped
+
+
+def seen_of(completions: int, **values: float) -> list[str]:
+    """The signals of a second line with so many rows, after a first one with as many."""
+    first = sentinel.sized(LINE, completions)
+    return [s.name for s in of_line(sentinel.sized(line(2, **values), completions), first, {})]
+
+
 def test_shares_of_few_completions_may_be_higher_by_chance():
-    """Two standard errors of sqrt(1/4 * 2/n): 0.71 for 4 completions, 0.11 for 160."""
-    for completions, budget, empty in ((4, 0.1 + 0.7071, 0.7071), (160, 0.3, 0.1118)):
+    """Three standard errors of sqrt(1/4 * 2/n): 0.53 for 16 completions, 0.17 for 160; of an
+    `empty_completions` of none, since empty ones are not among the completions.
+    """
+    for rows, budget, empty in ((16, 0.1 + 0.5303, 0.5303), (160, 0.3, 0.1677), (900, 0.3, 0.1)):
         for name, limit in (("ended_by_budget", budget), ("empty_completions", empty)):
-            for value, seen in ((limit - 1e-3, []), (limit + 1e-3, [name])):
-                found = of_line(line(2, **{name: value}), LINE, completions)
-                assert [signal.name for signal in found] == seen
-    found = of_line(line(2, student_mass_outside=0.07), LINE, 4)  # a mean over tokens
-    assert [signal.name for signal in found] == ["student_mass_outside"]
+            assert seen_of(rows, **{name: limit - 1e-3}) == []
+            assert seen_of(rows, **{name: limit + 1e-3}) == [name]
+
+
+def test_means_of_few_completions_say_nothing():
+    for name, value in (("completion_length", 1.0), ("k_gen", 9.0), ("student_mass_outside", 1.0)):
+        assert seen_of(63, **{name: value}) == []
+        assert seen_of(64, **{name: value}) == [name]
+    # four standard errors: 1 + 4 * sqrt(2 / 64)
+    assert seen_of(64, k_gen=0.2 * 1.706) == [] and seen_of(64, k_gen=0.2 * 1.708) == ["k_gen"]
+
+
+def test_a_line_is_as_large_as_its_updates_without_dropped_rows():
+    """Also the last line, and one after a checkpoint between two lines."""
+    dropped = {"undrawn": 0.25, "over_cap": 0.25, "empty_completions": 0.25}
+    for name, rows, completions in (("undrawn", 75, 75), ("over_cap", 100, 75)):
+        found = sentinel.sized(line(1, **{name: 0.25}), 100)
+        assert (found["rows"], found["completions"]) == (rows, completions)
+    found = sentinel.sized(line(1, **dropped), 800)
+    assert (found["rows"], found["completions"]) == (600, 300)
+    small = Setting("warn", 99, global_batch=16, announce=False)
+    watch = Sentinel(small)
+    watch.line(line(10))
+    watch = restored(small, json.loads(json.dumps(watch.progress())))  # after 12, say
+    assert watch.state.first["completions"] == 160
+    assert watch.line(line(20, completion_length=1.0)) == {"sentinel": 1}
+    assert watch.line(line(23, completion_length=1.0)) == {"sentinel": 0}  # of 48
+
+
+def test_a_first_report_of_few_makes_way_for_one_of_more():
+    watch = Sentinel(Setting("warn", 99, global_batch=16, announce=False))
+    assert watch.line(line(1, completion_length=1.0)) == {"sentinel": 0}
+    assert watch.line(line(11)) == {"sentinel": 0}
+    assert watch.state.first["completion_length"] == 10.0
+    assert watch.line(line(21, completion_length=1.0)) == {"sentinel": 1}
+
+
+def test_an_unchanged_student_is_not_stopped():
+    """200 runs of 100 lines. Lengths and gaps are as different as texts of a language model, half
+    of which the budget ends: a deviation as large as the mean.
+    """
+    draw = random.Random(0)
+
+    def unchanged(n: int) -> dict[str, float]:
+        budget = draw.gauss(0.5, 0.5 / n**0.5)
+        return {
+            "completion_length": 99 * draw.gammavariate(n, 1 / n),  # a mean of n exponentials
+            "k_gen": 0.3 * draw.gammavariate(n, 1 / n),
+            "student_mass_outside": 0.02 * draw.gammavariate(n, 1 / n),
+            "ended_by_budget": min(1.0, max(0.0, budget)),
+            "empty_completions": float(draw.random() < 0.02 * n) / n,
+        }
+
+    for rows in (2, 64, 160):
+        watches = [
+            Sentinel(Setting("stop_and_keep_best", 999, global_batch=rows, announce=False))
+            for _ in range(200)
+        ]
+        for watch in watches:
+            lights(watch, *(unchanged(rows) for _ in range(100)))
+        ended = sum(watch.stopped is not None for watch in watches)
+        assert ended < 2 if rows > 2 else ended == 0, (rows, ended)
 
 
 # ---- policies ---------------------------------------------------------------------------------
@@ -182,12 +284,21 @@ def test_the_state_goes_through_json():
 
 
 def test_another_policy_lets_go_of_the_end():
-    state = State({"completion_length": 10.0}, {"completion_length": 2}, 0, "why")
+    first = sentinel.sized(LINE, 1600)
+    state = State(first, counts={"completion_length": 2}, stopped="why")
     progress = Sentinel(setting("warn"), state).progress()
     assert restored(setting("stop_and_keep_best"), progress).stopped == "why"
     for policy in ("off", "warn", "lower_lr"):
         again = restored(setting(policy), progress)
         assert (again.stopped, again.state.counts, again.state.first) == (None, {}, state.first)
+
+
+def test_of_a_state_without_sizes_the_end_and_the_cuts_stay():
+    old = {"first": dict(LINE), "counts": {"completion_length": 1}, "cuts": 1, "stopped": "why"}
+    watch = restored(setting("stop_and_keep_best"), {"reported": 7, **old})
+    assert (watch.stopped, watch.state.cuts, watch.state.reported) == ("why", 1, 7)
+    assert watch.line(line(8, completion_length=1.0)) == {"sentinel": 0}
+    assert watch.state.first["completion_length"] == 1.0
 
 
 # ---- real runs, looked at again ---------------------------------------------------------------
@@ -198,6 +309,18 @@ RUNS = {
     "clip": [  # --jsd_token_clip 0.05, which takes the gradient from the tokens that matter
         *[(0.425, 0.1816), (0.365, 1.0474), (0.36, 1.1693), (0.42, 1.1142), (0.455, 1.052)],
         (0.455, 1.0184),
+    ],
+    "clip, low rate": [  # and --lr 2e-4: it comes back
+        *[(0.425, 0.1816), (0.56, 0.3501), (0.66, 0.2489), (0.72, 0.1889), (0.75, 0.1793)],
+        (0.765, 0.1712),
+    ],
+    "beta": [  # --jsd_beta 0.5, seed 2: beyond the limit until 280, and learning all the time
+        *[(0.39, 0.1825), (0.36, 0.4972), (0.42, 0.4313), (0.535, 0.3486), (0.675, 0.2748)],
+        (0.685, 0.2593),
+    ],
+    "sound, seed 1": [
+        *[(0.42, 0.1668), (0.705, 0.0699), (0.905, 0.0302), (0.905, 0.0305), (0.965, 0.0146)],
+        (0.98, 0.0107),
     ],
     "sound": [  # the preset, seed 0
         *[(0.425, 0.1816), (0.85, 0.0439), (0.885, 0.1002), (0.94, 0.0139), (0.95, 0.0078)],
@@ -218,7 +341,10 @@ RUNS = {
     ("name", "expected"),
     [
         ("clip", [1, 2, 2, 2, 2]),
+        ("clip, low rate", [1, 0, 0, 0, 0]),
+        ("beta", [1, 1, 1, 1, 0]),
         ("sound", [0, 0, 0, 0, 0]),
+        ("sound, seed 1", [0, 0, 0, 0, 0]),
         ("overshoot", [1, 0, 0, 0, 0]),
         ("fast teacher", [0, 0, 0, 0, 1]),
     ],
@@ -237,6 +363,33 @@ def test_lights_of_real_runs(name, expected):
         assert "val/k_gen" in watch.stopped
     else:
         assert watch.stopped is None
+
+
+# k_gen of their metric lines, after every 25 updates.
+LINES = {
+    "clip": [0.5924, 0.8962, 1.0505, 1.0186, 1.0068, 1.113, 1.0766, 1.148, 0.9319, 0.8461]
+    + [0.7888, 0.8152, 0.7068, 0.6264],
+    "clip, low rate": [0.3169, 0.3906, 0.4153, 0.3706, 0.3036, 0.248, 0.1892, 0.2078, 0.1597]
+    + [0.1583, 0.1333, 0.143, 0.1292, 0.1221],
+    "beta": [0.2685, 0.2296, 0.2368, 0.2433, 0.2414, 0.2135, 0.1893, 0.1632, 0.1368, 0.1021]
+    + [0.0926, 0.077, 0.0642, 0.0704],
+    "sound, seed 1": [0.2071, 0.1287, 0.0835, 0.0603, 0.0695, 0.0493, 0.0355, 0.0226, 0.0173]
+    + [0.0139, 0.0117, 0.01, 0.008, 0.0113],
+    "noise, seed 2": [0.0631, 0.0574, 0.0627, 0.0725, 0.0626, 0.0268, 0.0154, 0.0157, 0.0104]
+    + [0.0076, 0.007, 0.0069, 0.0086, 0.0041],
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lights_of_real_lines(name):
+    """What is left without validations; they are of 25 updates of 64 rows."""
+    watch = Sentinel(Setting("warn", 350, 64, announce=False))
+    found = [
+        watch.line(line(25 * number, k_gen=gap))["sentinel"]
+        for number, gap in enumerate(LINES[name], 1)
+    ]
+    red = [0, 1] + [2] * 7  # from 75 to 225, also where the gap falls, until it is within again
+    assert found == (red + [0] * 5 if name == "clip" else [0] * 14)
 
 
 # ---- in a run ---------------------------------------------------------------------------------
@@ -327,11 +480,17 @@ def test_where_it_lowers_the_rate_its_looks_are_part_of_the_run(runs, tmp_path):
     flags = {**FLAGS, "save_every": STEPS}
     interrupted(runs / "lower_lr", 5, tmp_path / "lower")
     interrupted(runs / "warn", 5, tmp_path / "warn")
-    for name, value in (("log_every", 2), ("validate_every", 2), ("sentinel", "warn")):
+    for name, value in (("log_every", 2), ("validate_every", 2)):
         with pytest.raises(UsageError, match="would become another run") as caught:
             changed = {"sentinel": "lower_lr", "resume": "latest", name: value}
             run_opsd(tmp_path / "lower", **{**flags, **changed})
         assert f"--{name} is" in str(caught.value)
+    for folder, here, shown in (
+        ("lower", "warn", "--sentinel is lower_lr there and not lower_lr here"),
+        ("warn", "lower_lr", "--sentinel is not lower_lr there and lower_lr here"),
+    ):
+        with pytest.raises(UsageError, match=f"would become another run: {shown}. Resume"):
+            run_opsd(tmp_path / folder, **{**flags, "sentinel": here, "resume": "latest"})
     free = {"validate_every": 2, "sentinel": "stop_and_keep_best", "resume": "latest"}
     run_opsd(tmp_path / "warn", **{**flags, **free})
 
@@ -364,6 +523,23 @@ def test_it_ends_a_run_and_keeps_the_best(runs, tmp_path, monkeypatch, capsys, s
     assert "nothing to go on with: the sentinel ended this run after 3 updates (val/k_gen" in out
     assert all_lines(tmp_path) == before
 
+    settings = (tmp_path / "results" / "config.yaml").read_text()
+    validated = (tmp_path / "results" / "validation.jsonl").read_bytes()
+    for changed, named in (
+        ({"lr": 5e-5}, "--lr is 0.001 there and 5e-05 here"),
+        ({"model_path": "/nonexistent"}, "/nonexistent"),
+        ({"sentinel": "lower_lr"}, "--sentinel is not lower_lr there and lower_lr here"),
+        ({"sentinel": "warn", "data_seed": 1}, "--data_seed is 42 there and 1 here"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(tmp_path, monkeypatch, **flags | changed, resume="auto")
+        assert caught.value.code == 2 and named in capsys.readouterr().err
+        assert (tmp_path / "results" / "config.yaml").read_text() == settings
+    main(tmp_path, monkeypatch, **flags | {"keep_last": 9}, resume="auto")  # trains nothing
+    assert (tmp_path / "results" / "config.yaml").read_text() == settings
+    assert (tmp_path / "results" / "validation.jsonl").read_bytes() == validated
+    assert all_lines(tmp_path) == before
+
     main(tmp_path, monkeypatch, **flags | {"sentinel": "warn"}, resume="auto")
     assert metric_lines(tmp_path) == metric_lines(runs / "warn")
     assert same(states_of(tmp_path, STEPS), states_of(runs / "warn", STEPS))
@@ -374,6 +550,7 @@ def test_it_ends_a_run_and_keeps_the_best(runs, tmp_path, monkeypatch, capsys, s
 
 def test_a_line_ends_a_run_before_there_is_a_best(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sentinel, "of_line", of_line)
+    monkeypatch.setattr(sentinel, "FEW", 1)
     monkeypatch.setattr(sentinel, "LENGTH_RATIOS", (2.0, 0.5))  # nothing is right for it
     main(tmp_path, monkeypatch, sentinel="stop_and_keep_best", validate_every=9, save_every=9)
     out = " ".join(capsys.readouterr().out.split())

@@ -44,6 +44,21 @@ def test_characters_have_the_class_of_what_they_stand_in() -> None:
     assert character_classes("") == []
 
 
+def test_contractions_are_one_word() -> None:
+    text = "Don't say it’s no cat's, I'm not, they'll see the A's 'left' side; "
+    text += "he can’t fit O'Neil by'B"
+    found = character_classes(text)
+    classes = {m[0]: set(found[m.start() : m.end()]) for m in re.finditer(r"[^\s,;]+", text)}
+    assert classes == {
+        "Don't": {"function"}, "say": {"content"}, "it’s": {"function"}, "no": {"function"},
+        "cat's": {"content"}, "I'm": {"function"}, "not": {"function"}, "they'll": {"function"},
+        "see": {"content"}, "the": {"function"}, "A's": {"content"},
+        "'left'": {"other", "content"}, "side": {"content"}, "he": {"function"},
+        "can’t": {"function"}, "fit": {"content"}, "O'Neil": {"content"},
+        "by'B": {"content"},
+    }  # fmt: skip
+
+
 def test_tokens_have_the_class_of_the_text_they_stand_in() -> None:
     tokenizer = ByteTokenizer()  # a token per byte
     assert classes_of(tokenizer.encode(TEXT), tokenizer) == character_classes(TEXT)

@@ -26,8 +26,18 @@ from train.metrics import MetricLogger
 from train.parallel import World, full_state
 from train.records import config_hash, run_info, write_atomic
 from train.sentinel import Sentinel
-from train.state import AUTOENCODER, STATE, Progress, load_state, save_state
+from train.state import (
+    AUTOENCODER,
+    LOOKS,
+    STATE,
+    Progress,
+    check_identity,
+    load_state,
+    read_trainer,
+    save_state,
+)
 
+POLICY = "--sentinel"  # in the identity of a run whose learning rate depends on it
 STOPPED = "stopped_by_sentinel"  # in run.json: the reason, or null
 
 
@@ -44,12 +54,7 @@ class CheckpointWriter:
 
     def resume(self, student: nn.Module, ema: nn.Module | None, optimizer: AdamW) -> Start:
         """Put the state that --resume asks for in place; a fresh start without it. Collective."""
-        start, _ = find_resumable(self.config)
-        if self.world.sum(start.step) != start.step * self.world.size:
-            raise UsageError(
-                f"the processes find different checkpoints in {self.config.run.checkpoint_dir} "
-                f"(here {start.folder}): put it on storage that all of them share"
-            )
+        start = check_same_run(self.config, self.identity, self.world)
         if start.folder is None:
             return start
         modules = _modules(student, ema)
@@ -212,6 +217,36 @@ class CheckpointWriter:
             "base": self.config.model.model_path,
             **run_info(),
         }
+
+
+def check_same_run(config: TrainConfig, identity: Mapping[str, Any], world: World) -> Start:
+    """Where --resume says to begin, if that is the run of this identity. Collective.
+
+    Raises:
+        UsageError: it is another run (the settings are named), or not the same for all processes.
+    """
+    start, _ = find_resumable(config)
+    if world.sum(start.step) != start.step * world.size:
+        raise UsageError(
+            f"the processes find different checkpoints in {config.run.checkpoint_dir} "
+            f"(here {start.folder}): put it on storage that all of them share"
+        )
+    if start.folder is None:
+        return start
+    state = start.folder / STATE
+    there, here = read_trainer(state)["identity"], dict(identity)
+    if (POLICY in there) != (POLICY in here):
+        there, here = _with_policy(there), _with_policy(here)
+    check_identity(state, there, here)
+    return start
+
+
+def _with_policy(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity to be shown: of the looks, which are part of a run where they lower the learning
+    rate, the policy alone, which is why the others are there.
+    """
+    shown = {name: v for name, v in identity.items() if name.removeprefix("--") not in LOOKS}
+    return {**shown, POLICY: identity.get(POLICY, "not lower_lr")}
 
 
 def copy_autoencoder(source: str | Path, folder: Path) -> None:

@@ -39,6 +39,7 @@ from train.rollout import (
 )
 from train.sentinel import Sentinel
 from train.session import (
+    check_resumed,
     observe_draws,
     open_loader,
     open_metrics,
@@ -164,7 +165,12 @@ def ended(last: Path, writer: CheckpointWriter, sentinel: Sentinel) -> Path:
 
 
 def finished(config: OpsdConfig, world: World, sentinel: Sentinel) -> Path:
-    """The folder that a resumed run had been ended with."""
+    """The folder that a resumed run had been ended with. Collective.
+
+    Raises:
+        UsageError: these are not its settings.
+    """
+    check_resumed(config, open_mixture(config), world)
     start, _ = find_resumable(config)
     if world.is_main:
         say(

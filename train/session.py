@@ -28,7 +28,7 @@ from modeling.pretrained import (
     load_pretrained,
 )
 from modeling.tokenizer import TokenizerError
-from train.checkpoint import CheckpointWriter, stopped_by_sentinel, updates_in
+from train.checkpoint import CheckpointWriter, check_same_run, stopped_by_sentinel, updates_in
 from train.config import OpsdConfig, TrainConfig, UsageError, save_config
 from train.folders import FRESH, Start, claim_folders, find_resumable
 from train.gates import GateError
@@ -90,8 +90,6 @@ def run(config: TrainConfig, train: Callable[[Any, World], Path]) -> None:
         distributed(config.model, config.run.num_shard, config.run.global_batch) as world,
     ):
         config = claim_folders(config, world)
-        if world.is_main:
-            save_config(config, f"{config.run.results_dir}/config.yaml")
         last = train(config, world)
         if world.is_main:
             print(f"saved {last}")
@@ -200,7 +198,13 @@ def open_optimizer(student: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def open_metrics(config: TrainConfig, world: World, start: Start = FRESH) -> MetricLogger:
+    """The metrics of a run that is about to train, and beside them the settings it trains with.
+
+    Not earlier: a run that is refused, or has nothing left to do, leaves those of the run before.
+    """
     run = config.run
+    if world.is_main:
+        save_config(config, f"{run.results_dir}/config.yaml")
     metrics = MetricLogger(
         f"{run.results_dir}/metrics.jsonl",
         total_steps=config.optim.total_steps,
@@ -224,9 +228,25 @@ def open_writer(
     mixture: Mixture,
     world: World,
 ) -> CheckpointWriter:
+    """What saves and resumes the run.
+
+    Raises:
+        UsageError: --resume names another run.
+    """
+    identity = check_resumed(config, mixture, world)
     base = base_weights(config)
-    identity = run_identity(config, mixture, base, world)
     return CheckpointWriter(config, model_config, processor, base, world, identity)
+
+
+def check_resumed(config: TrainConfig, mixture: Mixture, world: World) -> dict[str, Any]:
+    """The identity of the run, which is that of the run it resumes, if any. Collective.
+
+    Raises:
+        UsageError: it is another one's.
+    """
+    identity = run_identity(config, mixture, base_weights(config), world)
+    check_same_run(config, identity, world)
+    return identity
 
 
 def open_sentinel(config: OpsdConfig, world: World) -> Sentinel:
@@ -234,10 +254,11 @@ def open_sentinel(config: OpsdConfig, world: World) -> Sentinel:
     start, _ = find_resumable(config)
     # none in a state of an earlier version; it begins with the next look then
     seen = read_trainer(start.folder / STATE).get("sentinel", {}) if start.folder else {}
+    seen = {"reported": start.step, **seen}
     setting = Setting(
         config.validation.sentinel,
         config.optim.total_steps,
-        config.run.log_every * config.run.global_batch,
+        config.run.global_batch,
         world.is_main,
     )
     return restored(setting, seen)

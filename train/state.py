@@ -159,7 +159,7 @@ def load_state(
         UsageError: the state is damaged, or that of another run (the settings are named).
     """
     trainer = read_trainer(folder)
-    _check_identity(folder, trainer["identity"], identity)
+    check_identity(folder, trainer["identity"], identity)
     for name, module in modules.items():
         state = get_model_state_dict(module)
         _read(folder / name, state, world)
@@ -243,7 +243,7 @@ def _alone_without_warning() -> Iterator[None]:
         yield
 
 
-def _check_identity(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def check_identity(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     names = sorted(there.keys() | here.keys())
     differing = [name for name in names if there.get(name) != here.get(name)]
     if differing:
