@@ -32,20 +32,20 @@ from train.session import exit_on_user_error
 REPORT = "report"
 STEPS = "steps"  # of eval.reproduce: it lies where runs write, and is never copied
 HASH = re.compile(r"\b[0-9a-f]{40}\b")
-PAGES = ("microscope/microscope.html", "microscope_opsd/microscope.html")  # made by steps
+PAGES = ("microscope/microscope.html", "microscope_opsd/microscope.html")
 
 
 def report(folder: Path) -> Path:
     """Write the report of a results folder; returns the page."""
     artefacts, results = collect(folder)
     plan = RunPlan.read(folder)
+    title = f"Visual-OPSD: {plan.title}" + (" (quick run)" if plan.quick else "")
     about = (
         "Every number links to the result file, command, seed and commit that it came from. What "
-        "the paper says is marked with a dagger (†) and is of a 7B model on nine benchmarks; it is "
-        "copied, never computed with.",
+        "the paper says is marked with a dagger (†) and is of a 7B model on nine benchmarks.",
         plan.about(),
     )
-    return write_report(artefacts, folder / REPORT, f"Visual-OPSD: {plan.title}", about)
+    return write_report(artefacts, folder / REPORT, title, about)
 
 
 def collect(folder: Path) -> tuple[list[Artefact], Results]:
@@ -62,7 +62,12 @@ def publish(folder: Path, target: Path) -> None:
     """
     _check_target(folder, target)
     _, results = collect(folder)
-    files = [PLAN, *results.read, *(page for page in PAGES if (folder / page).is_file())]
+    pages = [
+        page  # of the records beside it: without them it is of an earlier run
+        for page in PAGES
+        if (folder / page).is_file() and (folder / page).with_suffix(".json").is_file()
+    ]
+    files = [PLAN, *results.read, *pages]
     if target.exists():
         shutil.rmtree(target)
     for file in files:

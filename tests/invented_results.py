@@ -1,4 +1,5 @@
-"""An invented folder of results: every file that the report reads, and no number twice.
+"""An invented folder of results: every file that the report reads, and no number twice; and, below,
+what a report of it is held against.
 
 The records have the fields that the commands write; test_artefacts.py holds them against those
 commands. Their numbers are drawn from a hash of where they stand, so that a number read from a
@@ -8,15 +9,30 @@ wrong file, task or field is another number.
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import hypot
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import PIL.Image
+import pytest
+from matplotlib.figure import Figure
 
 from data.miniworld.world import TASKS
+from eval import figures
+from eval.artefacts import pictures
+from eval.artefacts.model import Artefact, Cell, Number, Picture, Source, Table, Text
+from eval.artefacts.results import Results
+from eval.artefacts.runs import RunPlan, Runs
+from eval.artefacts.write import PNG_HEAD
 from eval.attention import SOURCES, TEXTS, TOTALS
 from eval.experiments import PAIRS
+from eval.protocol import Drawing
+from eval.report import collect
+from eval.statistics import mcnemar
 from eval.theorem import BETAS, NOISES
 from train.records import base_record
 
@@ -39,7 +55,17 @@ MEASURES = (
     "identical",
 )  # fmt: skip
 CLASSES = ("tag", "answer", "number", "function", "content")
-TIMED = ("base, interleaved", "base, text-only", "sft, text-only", "opsd, text-only")
+GUIDED, DRAWN = "base, interleaved with guidance", "base, interleaved"
+TIMED = (
+    GUIDED, DRAWN, "base, text-only", "sft, text-only", "noise, text-only", "opsd, text-only",
+)  # fmt: skip
+ARMS = ("opsd", "noise")
+WATCHED = {  # metric of training -> around which it lies
+    "loss": 0.02, "jsd": 0.02, "k_gen": 0.8, "student_entropy": 0.4, "student_mass_outside": 0.003,
+    "clipped_share": 0.1, "completion_length": 20.0, "ended_by_budget": 0.2,
+    "empty_completions": 0.1, "image_skips": 0.1, "over_cap": 0.1, "skipped_records": 0.1,
+    "teacher_drift": 0.005, "lr": 0.001,
+}  # fmt: skip
 LAYERS, STEPS, TOKENS = 4, (0, 25, 50, 75), 3
 PLAN = {
     "title": "invented numbers",
@@ -55,7 +81,7 @@ PLAN = {
     },
     "sweeps": {
         "jsd_top_k": ["128", "4", "0"],
-        "jsd_token_clip": ["0.1", "0.01"],
+        "jsd_token_clip": ["0.1", "0.01", "0.05"],
         "jsd_beta": ["1", "0"],
         "teacher_mode": ["self", "fixed"],
         "ema_decay": ["0.98", "0.9995"],
@@ -223,7 +249,7 @@ def attention(file: str) -> list[Record]:
 def latency(file: str) -> list[Record]:
     """As eval.interleaved writes its table."""
     records = []
-    for name in ("base, interleaved with guidance", *TIMED):
+    for name in TIMED:
         found = estimate(file, name, "accuracy", low=0.2, high=0.8)
         values = {
             "n": count(file, name, low=4, high=90),
@@ -232,11 +258,46 @@ def latency(file: str) -> list[Record]:
             "high": found["high"],
             "tokens": number(file, name, "tokens", low=5, high=50),
             "pictures": number(file, name, "pictures"),
+            "picture_width": count(file, name, "width", low=32, high=512),
+            "picture_height": count(file, name, "height", low=32, high=512),
             "seconds": number(file, name, "seconds", low=0.01, high=9),
             "ratio": number(file, name, "ratio", low=1, high=30),
+            "drawing": asdict(drawing(file, name)) if name in (GUIDED, DRAWN) else None,
         }
         records.append(record(file, OVERALL, name, values, 0))
     return records
+
+
+def drawing(*place: object) -> Drawing:
+    """How a system drew, with nothing at its default."""
+    return Drawing(
+        num_timesteps=count(*place, "grid", low=5, high=90),
+        timestep_shift=number(*place, "shift", low=1, high=5),
+        cfg_text_scale=number(*place, "by text", low=1, high=5),
+        cfg_img_scale=number(*place, "by image", low=1, high=5),
+        cfg_renorm_min=number(*place, "renorm"),
+    )
+
+
+def metrics(file: str) -> list[Record]:
+    """Lines as train.metrics writes them: what was logged, and after it what was validated.
+
+    The sentinel's light is yellow once while seed 0 trains, and red in a validation of seed 1.
+    """
+    seed = int(file[4])
+    lines: list[Record] = [
+        {"step": 0, "val/k_gen": number(file, "start"), "val/sentinel": 0.0},
+    ]
+    for step in STEPS[1:]:
+        watched = {
+            name: number(file, name, step, low=size / 2, high=size)
+            for name, size in WATCHED.items()
+        }
+        light = float(seed == 0 and step == STEPS[1])
+        lines.append({"step": step, **watched, "sentinel": light})
+        light = 2.0 * (seed == 1 and step == STEPS[2])
+        lines.append({"step": step, "val/k_gen": number(file, step), "val/sentinel": light})
+    return lines
 
 
 def theorem(file: str) -> list[Record]:
@@ -326,7 +387,7 @@ def _of_seed(seed: int) -> Files:
     for folder in ("kl", "kl_own"):
         file = f"{at}/{folder}/summary.json"
         files[file] = summary(file, STUDENTS, seed)
-    for arm in ("opsd", "noise"):
+    for arm in ARMS:
         file = f"{at}/{arm}/validation.jsonl"
         files[file] = validation(file, seed)
     files[f"{at}/kl/tokens.json"] = tokens(f"{at}/kl/tokens.json", seed)
@@ -353,6 +414,12 @@ def invented_files() -> Files:
     return files | {file: make(file) for file, make in makers.items()}
 
 
+def invented_metrics() -> Files:
+    """Every file of metrics -> its lines, which are no records."""
+    files = (f"seed{seed}/{arm}/metrics.jsonl" for seed in SEEDS for arm in ARMS)
+    return {file: metrics(file) for file in files}
+
+
 def pictures_of(files: Files) -> list[str]:
     """The pictures that the cases name, from the folder of results."""
     found = []
@@ -377,7 +444,7 @@ def write_results(folder: Path, files: Files) -> None:
     """The folder as eval.reproduce leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(PLAN), encoding="utf-8")
-    for file, records in files.items():
+    for file, records in (files | invented_metrics()).items():
         write_file(folder, file, records)
     for place, file in enumerate(pictures_of(files)):
         buffer = io.BytesIO()
@@ -385,3 +452,287 @@ def write_results(folder: Path, files: Files) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(buffer.getvalue())
     (folder / "microscope" / "microscope.html").write_text("<p>tokens</p>", encoding="utf-8")
+
+
+# --- what is expected of a report of it, in plain Python, and the report under test ---------------
+
+FILES = invented_files()
+
+
+METRICS = invented_metrics()
+
+
+PICTURES = pictures_of(FILES)
+
+
+COLUMN_TASKS = (*TASKS, OVERALL)
+
+
+@dataclass(frozen=True)
+class Want:
+    """A cell with a number as it should be."""
+
+    text: str
+    value: float | None
+    sources: frozenset[Source] = frozenset()
+    kind: str = "measured"
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A value of a file, as it stands there, with the record that it is in."""
+
+    value: float
+    source: Source
+    low: float | None = None
+    high: float | None = None
+
+    def times(self, factor: float) -> "Raw":
+        ends = (None if end is None else factor * end for end in (self.low, self.high))
+        return Raw(factor * self.value, self.source, *ends)
+
+
+def pick(file: str, task: str = OVERALL, files: Files = FILES, **also: Any) -> Record:
+    (found,) = [
+        record
+        for record in files[file]
+        if record["task"] == task and all(record[k] == v for k, v in also.items())
+    ]
+    return found
+
+
+def origin(file: str, record: Record) -> Source:
+    return Source(file, record["command"], record["commit"], record["seed"])
+
+
+def raw(file: str, *keys: str, task: str = OVERALL, files: Files = FILES, **also: Any) -> Raw:
+    record = pick(file, task, files, **also)
+    value = record["values"]
+    for key in keys:
+        value = value[key]
+    source = origin(file, record)
+    if isinstance(value, dict):
+        return Raw(value["value"], source, value["low"], value["high"])
+    return Raw(value, source)
+
+
+def accuracy(file: str, task: str = OVERALL, files: Files = FILES) -> Raw:
+    """In percent, with the interval that stands beside it."""
+    record = pick(file, task, files)
+    values = record["values"]
+    point = Raw(values["accuracy"], origin(file, record), values["low"], values["high"])
+    return point.times(100)
+
+
+def over_seeds(read: Callable[[int], Raw], form: str = "{:.1f}") -> Want:
+    found = [read(seed) for seed in SEEDS]
+    values = [value.value for value in found]
+    text = f"{form.format(fmean(values))} ± {form.replace('+', '').format(stdev(values))}"
+    return Want(text, fmean(values), frozenset(value.source for value in found))
+
+
+def single(value: Raw, form: str = "{:.1f}") -> Want:
+    text = form.format(value.value)
+    if value.low is not None:
+        text += f" ({form.format(value.low)} .. {form.format(value.high)})"
+    return Want(text, value.value, frozenset([value.source]))
+
+
+def by_seed(system: str, task: str = OVERALL, folder: str = "systems") -> Want:
+    return over_seeds(lambda seed: accuracy(f"seed{seed}/{folder}/{system}/scores.json", task))
+
+
+def shown(task: str) -> str:
+    return task.replace("_", " ")
+
+
+TITLES = ("Visual Search", "Spatial Navigation", "Jigsaw Assembly", "Chart Refocus", "mean")
+
+
+def kl(measure: str, task: str, form: str = "{:.3f}", folder: str = "kl") -> Want:
+    return over_seeds(lambda s: raw(f"seed{s}/{folder}/summary.json", measure, task=task), form)
+
+
+def small(p: float) -> str:
+    return "< 1e-6" if p < 1e-6 else f"{p:.2g}"
+
+
+def paired_cells(pair: str, task: str = OVERALL) -> list[Want]:
+    files = [f"seed{seed}/pairs.json" for seed in SEEDS]
+    records = [pick(file, task, id=pair) for file in files]
+    origins = [origin(*both) for both in zip(files, records, strict=True)]
+    differences = [record["values"]["difference"] for record in records]
+    mean = 100 * fmean(d["value"] for d in differences)
+    below = 100 * hypot(*(d["value"] - d["low"] for d in differences)) / 3
+    above = 100 * hypot(*(d["high"] - d["value"] for d in differences)) / 3
+    first, second = (
+        sum(record["values"][name] for record in records) for name in ("only_first", "only_second")
+    )
+    every, p = frozenset(origins), mcnemar(first, second)
+    return [
+        Want(f"{mean:+.1f} ({mean - below:+.1f} .. {mean + above:+.1f})", mean, every),
+        *(
+            Want(f"{100 * d['value']:+.1f}", 100 * d["value"], frozenset([source]))
+            for d, source in zip(differences, origins, strict=True)
+        ),
+        Want(str(first), first, every),
+        Want(str(second), second, every),
+        Want(small(p), p, every),
+    ]
+
+
+def minus(system: str, other: str, task: str = OVERALL) -> Want:
+    pairs = [
+        [accuracy(f"seed{seed}/systems/{name}/scores.json", task) for name in (system, other)]
+        for seed in SEEDS
+    ]
+    points = [a.value - b.value for a, b in pairs]
+    text = f"{fmean(points):+.1f} ± {stdev(points):.1f}"
+    return Want(text, fmean(points), frozenset(value.source for pair in pairs for value in pair))
+
+
+SETTINGS = (  # knob, its value, the name of its run
+    ("jsd_top_k", "4", "jsd_top_k-4"),
+    ("jsd_top_k", "64", "default"),
+    ("jsd_top_k", "128", "jsd_top_k-128"),
+    ("jsd_top_k", "0", "jsd_top_k-0"),
+    ("jsd_token_clip", "0.01", "jsd_token_clip-0.01"),
+    ("jsd_token_clip", "0.05", "jsd_token_clip-0.05"),
+    ("jsd_token_clip", "0.1", "jsd_token_clip-0.1"),
+    ("jsd_token_clip", "0", "default"),
+    ("jsd_beta", "0", "jsd_beta-0"),
+    ("jsd_beta", "0.1", "default"),
+    ("jsd_beta", "1", "jsd_beta-1"),
+    ("teacher_mode", "ema", "default"),
+    ("teacher_mode", "fixed", "teacher_mode-fixed"),
+    ("teacher_mode", "self", "teacher_mode-self"),
+    ("ema_decay", "0.98", "ema_decay-0.98"),
+    ("ema_decay", "0.998", "default"),
+    ("ema_decay", "0.9995", "ema_decay-0.9995"),
+)
+
+
+PILOT = {
+    "draws its VTs": ("systems", "thinkmorph"),
+    "shown noise in their place": ("systems", "thinkmorph-noise"),
+    "shown another problem's": ("controls", "thinkmorph-shuffled"),
+    "asks, and is shown nothing": ("systems", "thinkmorph-none"),
+    "text-only": ("systems", "base"),
+}
+
+
+IN_KL = {
+    "its own VTs": "pre",
+    "another problem's": "shuffled_vt",
+    "a crop of the problem": "crop_vt",
+    "the problem again": "problem_vt",
+    "noise": "noise_vt",
+    "blank": "blank_vt",
+    "prompts alone": "prompts_only",
+    "same context twice": "identical",
+}
+
+
+def chosen_step(file: str) -> int:
+    """By the rule of training: best accuracy, then smallest gap; the start is no checkpoint."""
+    scored = [
+        (raw(file, "accuracy", step=step).value, -raw(file, "k_gen", step=step).value, -step)
+        for step in STEPS[1:]
+    ]
+    return -max(scored)[2]
+
+
+class Drawn:
+    """In the place of eval.figures: keeps what was to be drawn, and draws nothing."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[tuple[tuple, dict]]] = {}
+        for name in figures.__all__:
+            setattr(self, name, self._keeper(name))
+
+    def _keeper(self, name: str) -> Callable[..., bytes]:
+        def keep(*args: Any, **named: Any) -> bytes:
+            self.calls.setdefault(name, []).append((args, named))
+            return PNG_HEAD + repr((args, named)).encode()
+
+        return keep
+
+
+def made(place: Path) -> Path:
+    """The invented folder of results; tests that change it put it back."""
+    write_results(place, FILES)
+    return place
+
+
+def collected(folder: Path) -> tuple[list[Artefact], dict[str, list[tuple[tuple, dict]]]]:
+    """All artefacts of the whole folder, and what was to be drawn."""
+    drawn = Drawn()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "figures", drawn)
+        return collect(folder)[0], drawn.calls
+
+
+def runs_of(folder: Path) -> Runs:
+    return Runs(Results(folder), RunPlan.read(folder))
+
+
+@contextmanager
+def written_for_a_while(folder: Path, files: Files) -> Iterator[None]:
+    """Other records or lines in these files; then what they had."""
+    try:
+        for file, records in files.items():
+            write_file(folder, file, records)
+        yield
+    finally:
+        for file in files:
+            write_file(folder, file, (FILES | METRICS)[file])
+
+
+def tables_of(artefacts: Iterable[Artefact]) -> dict[str, Table]:
+    return {b.name: b for a in artefacts for b in a.blocks if isinstance(b, Table)}
+
+
+def same(cell: Cell, want: str | Want) -> None:
+    if isinstance(want, str):
+        assert cell == want
+        return
+    assert isinstance(cell, Number), f"{cell!r} is no number, expected {want.text}"
+    found = (cell.text, cell.kind, frozenset(cell.sources))
+    assert found == (want.text, want.kind, want.sources), f"{found} instead of {want}"
+    assert cell.value == pytest.approx(want.value, rel=1e-12, abs=0), f"{cell} instead of {want}"
+
+
+def planned(folder: Path, **fields: Any) -> Runs:
+    """Over the same results, with another plan."""
+    return Runs(Results(folder), replace(RunPlan.read(folder), **fields))
+
+
+def drawn_figure(picture: Picture | None) -> Figure:
+    assert picture is not None and isinstance(picture.image, Figure)
+    return picture.image
+
+
+def told(want: Want, text: str) -> Want:
+    return Want(text, want.value, want.sources)
+
+
+def is_missing(cell: Cell | None) -> bool:
+    return cell is None or (
+        isinstance(cell, Number)
+        and (cell.text, cell.value, cell.kind) == ("not run", None, "missing")
+    )
+
+
+def beside(artefact: Artefact) -> dict[str, Picture | Text]:
+    """Its pictures and texts by name."""
+    return {
+        b.name if isinstance(b, Picture) else b.title: b
+        for b in artefact.blocks
+        if not isinstance(b, Table)
+    }
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

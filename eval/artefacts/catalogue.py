@@ -52,7 +52,8 @@ ARTEFACTS: dict[str, Recipe] = {
         lambda runs: [tables.table3(runs)],
     ),
     "table4": Recipe(
-        "Output tokens", "Table 4, App. G", ("seed*/systems",), lambda runs: [tables.table4(runs)]
+        "Output tokens", "Table 4, App. G", ("seed*/systems",),
+        lambda runs: [*tables.table4(runs)],
     ),
     "table5": Recipe(
         "Gap closing", "Table 5, App. I", ("seed*/kl", "seed*/kl_own", "seed*/systems"),
@@ -74,7 +75,7 @@ ARTEFACTS: dict[str, Recipe] = {
     ),
     "figure3b": Recipe(
         "Attention by layer", "Fig. 3b", ("attention",),
-        lambda runs: _present(pictures.figure3b(runs)),
+        lambda runs: _present(pictures.figure3b(runs), pictures.attention_table(runs)),
         ("Softmax of q k / sqrt(d) under the model's own mask, checked against its kernel; means "
          "over heads, generated tokens and samples.",),
     ),
@@ -94,7 +95,7 @@ ARTEFACTS: dict[str, Recipe] = {
     ),
     "figure7": Recipe(
         "Transfer by task, and seconds", "Fig. 7, App. H", ("seed*/systems", "latency"),
-        lambda runs: _present(*pictures.figure7(runs)),
+        lambda runs: _present(*pictures.figure7(runs), tables.latency(runs)),
     ),
     "cases": Recipe(
         "Cases", "App. K, L", ("cases",), cases,
@@ -111,7 +112,8 @@ ARTEFACTS: dict[str, Recipe] = {
     "training": Recipe(
         "Checkpoints over training", "not in the paper", ("seed*/opsd", "seed*/noise"),
         lambda runs: _present(
-            *pictures.learning(runs), *pictures.live_gap(runs), extras.checkpoints(runs)
+            *pictures.learning(runs), *pictures.live_gap(runs), extras.health(runs),
+            extras.checkpoints(runs),
         ),
         ("On validation data; test data has no say in what is kept.",),
     ),

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from eval.artefacts.model import Measured, NotRun, Table, measured, missing
-from eval.artefacts.results import OVERALL, source_of
+from eval.artefacts.model import Measured, NotRun, Number, Source, Table, measured, missing
+from eval.artefacts.results import OVERALL, Record, source_of
 from eval.artefacts.runs import MEAN, Runs, titled
 from eval.artefacts.tables import SYSTEMS, gap
 from eval.token_classes import TEST
@@ -66,12 +66,24 @@ def accuracy_controls(runs: Runs) -> Table:
     return Table("controls_accuracy", "The base shown other pictures", header, tuple(rows), note)
 
 
+def conditions(runs: Runs) -> dict[tuple[str, str], str]:
+    """What of PILOT was asked the same questions: pictures of other rows only fit data sets that
+    have some, and the benchmarks of the paper do not.
+    """
+    names = runs.columns("systems", [system for folder, system in PILOT if folder == "systems"])
+    return {
+        (folder, system): title
+        for (folder, system), title in PILOT.items()
+        if folder == "systems" or runs.columns(folder, [system]) in ([MEAN], names)
+    }
+
+
 def pilot(runs: Runs) -> Table:
     """Interventions on the visual thoughts of the model that draws."""
     names = runs.columns("systems", [system for folder, system in PILOT if folder == "systems"])
     rows = [
         (title, *(runs.cell(runs.accuracy(folder, system, column)) for column in names))
-        for (folder, system), title in PILOT.items()
+        for (folder, system), title in conditions(runs).items()
     ]
     note = "Accuracy in %, mean ± sd over seeds; the same model, questions and seeds."
     title = "The model that draws, with its VTs replaced"
@@ -98,7 +110,7 @@ def validations(
     """A value of the validations during training: (updates, value).
 
     Raises:
-        NotRun: there are none, or they lack the value.
+        NotRun: there are none, they lack the value, or the run did not come to its end.
     """
     file = f"seed{seed}/{arm}/validation.jsonl"
     found = []
@@ -109,6 +121,8 @@ def validations(
         if value is None:
             raise NotRun(f"{file}: {key}")
         found.append((record["step"], Measured(value, (source_of(file, record),))))
+    if not found or found[-1][0] < runs.plan.steps:
+        raise NotRun(f"{file}: update {runs.plan.steps}")
     return found
 
 
@@ -153,6 +167,75 @@ def chosen(accuracy: list[tuple[int, Measured]], k_gen: list[tuple[int, Measured
     pairs = zip(accuracy, k_gen, strict=True)
     ranked = [(a.value, -k.value, -step) for (step, a), (_, k) in pairs if step]
     return -max(ranked)[2] if ranked else 0
+
+
+HEALTH = {  # metric -> title and form
+    "k_gen": ("K_gen, on-policy", "{:.3f}"),
+    "student_entropy": ("entropy", "{:.3f}"),
+    "student_mass_outside": ("mass outside K", "{:.4f}"),
+    "clipped_share": ("clipped", "{:.3f}"),
+    "completion_length": ("tokens", "{:.1f}"),
+    "ended_by_budget": ("cut off", "{:.3f}"),
+    "empty_completions": ("empty", "{:.3f}"),
+    "image_skips": ("image skips", "{:.3f}"),
+    "over_cap": ("over the cap", "{:.3f}"),
+    "skipped_records": ("unusable rows", "{:.3f}"),
+    "teacher_drift": ("teacher drift", "{:.4f}"),
+}
+LIGHTS = {0: "green", 1: "yellow", 2: "red"}
+
+
+def health(runs: Runs) -> Table:
+    """The last metrics of every run, and the worst light of its sentinel."""
+    rows = []
+    for arm in ("opsd", "noise"):
+        for seed in runs.seeds:
+            found = runs.found(lambda s=seed, a=arm: _metrics(runs, s, a))
+            name = f"{arm}, seed {seed}"
+            if found is None:
+                rows.append((name, *(missing(),) * (len(HEALTH) + 1)))
+                continue
+            sources, last, light = found
+            cells = [
+                runs.single(lambda m=metric, s=sources, line=last: _metric(line, m, s), form)
+                for metric, (_, form) in HEALTH.items()
+            ]
+            rows.append((name, *cells, Number(LIGHTS[light], light, "measured", sources)))
+    header = ("run", *(title for title, _ in HEALTH.values()), "sentinel, worst")
+    note = (
+        "Means over the last logged interval of sampled completions, per token or per completion; "
+        "drift is the root-mean-square distance of teacher and student."
+    )
+    return Table("health", "What was watched while training", header, tuple(rows), note)
+
+
+def _metrics(runs: Runs, seed: int, arm: str) -> tuple[tuple[Source, ...], Record, int]:
+    """Origin of a run, its last line of metrics, and the worst light.
+
+    Raises:
+        NotRun: there is no such run, or it did not come to its end.
+    """
+    file, origin = (f"seed{seed}/{arm}/{name}.jsonl" for name in ("metrics", "validation"))
+    lines = runs.results.lines(file)
+    steps = [line for line in lines if "k_gen" in line]
+    if not steps or steps[-1]["step"] < runs.plan.steps:
+        raise NotRun(f"{file}: update {runs.plan.steps}")
+    record = runs.results.records(origin)[0]  # metrics do not say which command wrote them
+    lights = [line[name] for line in lines for name in ("sentinel", "val/sentinel") if name in line]
+    sources = (source_of(file, record), source_of(origin, record))
+    return sources, steps[-1], int(max(lights, default=0))
+
+
+def _metric(line: Record, name: str, sources: tuple[Source, ...]) -> Measured:
+    """A value of a line of metrics.
+
+    Raises:
+        NotRun: there was nothing to measure: the name is not there, or null.
+    """
+    value = line.get(name)
+    if value is None:
+        raise NotRun(f"{sources[0].file}: {name}")
+    return Measured(value, sources)
 
 
 def token_classes(runs: Runs) -> Table:

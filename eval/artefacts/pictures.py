@@ -6,8 +6,8 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from eval import figures
-from eval.artefacts.extras import KL_CONTROLS, PILOT, chosen, validations
-from eval.artefacts.model import Measured, NotRun, Picture
+from eval.artefacts.extras import KL_CONTROLS, chosen, conditions, validations
+from eval.artefacts.model import Cell, Measured, NotRun, Picture, Table, measured, missing
 from eval.artefacts.results import OVERALL, sources_of
 from eval.artefacts.runs import MEAN, Runs, sources_in, titled
 from eval.artefacts.tables import (
@@ -90,7 +90,7 @@ def _gains(runs: Runs, name: str, title: str, other: str) -> Picture | None:
 
 def figure3a(runs: Runs) -> Picture | None:
     """Accuracy of the model that draws, with its visual thoughts replaced."""
-    rows = {title: _accuracies(runs, *where) for where, title in PILOT.items()}
+    rows = {title: _accuracies(runs, *where) for where, title in conditions(runs).items()}
     return _picture(
         "figure3a", "Fig. 3a: visual thoughts replaced at inference",
         "bars of accuracy per intervention and task",
@@ -150,6 +150,29 @@ def attention(runs: Runs, mode: str, *keys: str) -> list[Measured]:
             share = replace(share, low=low.value, high=high.value)
         found.append(share)
     return found
+
+
+def attention_table(runs: Runs) -> Table:
+    """The shares of picture and problem in numbers, with those of an even spread."""
+    rows: list[tuple[Cell, ...]] = []
+    keys = (("img1",), ("uniform", "img1"), ("img0",), ("uniform", "img0"))
+    for mode, title in MODES.items():
+        shares = [runs.found(lambda m=mode, k=key: attention(runs, m, *k)) for key in keys]
+        if None in shares:
+            rows.append((title, *(missing(),) * len(keys)))
+            continue
+        for layer, values in enumerate(zip(*shares, strict=True), 1):
+            cells = [measured(value.scaled(100)) for value in values]
+            rows.append((f"{title}, layer {layer}", *cells))
+    header = (
+        "picture",
+        "on it, %",
+        "even spread, %",
+        "on the problem, %",
+        "even spread, %, problem",
+    )
+    note = "Attention of the text after the picture; 95 % intervals over samples."
+    return Table("figure3b", "Attention after the picture", header, tuple(rows), note)
 
 
 def figure5(runs: Runs) -> Picture | None:

@@ -1,9 +1,11 @@
 """Result files of a folder, opened once and read by name."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.example import DataError
 from eval.artefacts.model import Measured, NotRun, Source
 from train.records import read_records
 
@@ -31,13 +33,33 @@ class Results:
 
         Raises:
             NotRun: it is not there.
+            DataError: it is damaged.
         """
         if file not in self._records:
             path = self.root / file
             if not path.is_file():
                 raise NotRun(file)
-            self._records[file] = read_records(path)
+            try:
+                self._records[file] = read_records(path)
+            except ValueError as error:
+                raise _damaged(path, error) from error
         return self._records[file]
+
+    def lines(self, file: str) -> list[Record]:
+        """The objects of a jsonl file that are no records, e.g. metrics of a run.
+
+        Raises:
+            NotRun: it is not there, or empty.
+            DataError: it is damaged.
+        """
+        content = self.content(file)
+        try:
+            lines = [json.loads(line) for line in content.decode().splitlines()]
+        except ValueError as error:  # no JSON, or not even text
+            raise _damaged(self.root / file, error) from error
+        if not lines:
+            raise NotRun(file)
+        return lines
 
     def content(self, file: str) -> bytes:
         """A file that is no record, e.g. a picture.
@@ -98,6 +120,10 @@ class Results:
         """Tasks of a file in their order, without the mean over them."""
         names = dict.fromkeys(record["task"] for record in self.records(file))
         return [name for name in names if name != OVERALL]
+
+
+def _damaged(path: Path, error: ValueError) -> DataError:
+    return DataError(f"{path} is damaged ({error}); remove it, and the step is run again")
 
 
 def source_of(file: str, record: Record) -> Source:

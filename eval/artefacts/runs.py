@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
+from data.example import DataError
 from eval.aggregate import average, columns
 from eval.artefacts.model import (
     Measured,
@@ -62,16 +64,23 @@ class RunPlan:
 
         Raises:
             UsageError: there is none.
+            DataError: it is damaged, or of another version.
         """
         file = folder / PLAN
         if not file.is_file():
             raise UsageError(f"{file} is missing: eval.reproduce writes it when it begins")
-        return cls(**json.loads(file.read_text(encoding="utf-8")))
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{file} is no plan ({error}): remove it, and eval.reproduce writes it anew"
+            ) from error
 
     def about(self) -> str:
         """A sentence on what was run."""
         seeds = f"seeds 0 to {self.seeds - 1}" if self.seeds > 1 else "seed 0"
-        return f"Made by {self.command}, {seeds}, settings of {self.config}."
+        text = f"Made by {self.command}, {seeds}, settings of {self.config}."
+        return f"{text} A quick run: its numbers mean nothing." if self.quick else text
 
 
 @dataclass(frozen=True)
@@ -182,14 +191,18 @@ class Runs:
             sum(values[name] for values in found)
             for name in ("both", "only_first", "only_second", "neither")
         )
-        mean = weighted_mean([Estimate(**values["difference"]) for values in found])
+        estimates = [Estimate(**values["difference"]) for values in found]
+        mean, p = weighted_mean(estimates), mcnemar(only_first, only_second)
+        if not self.plan.own_questions:  # the same questions again are no more questions
+            low, high = (fmean(getattr(e, end) for e in estimates) for end in ("low", "high"))
+            mean, p = Estimate(mean.value, low, high), max(values["p"] for values in found)
         sources = tuple(
             source_of(f"seed{seed}/pairs.json", record)
             for seed, record in zip(self.seeds, records, strict=True)
         )
         return Paired(
             Measured(mean.value, sources, mean.low, mean.high).scaled(100),
-            mcnemar(only_first, only_second),
+            p,
             both,
             only_first,
             only_second,

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from eval.artefacts.model import Cell, Measured, Number, Table, measured, missing
-from eval.artefacts.results import OVERALL
+from eval.artefacts.model import Cell, Measured, NotRun, Number, Table, measured, missing
+from eval.artefacts.results import OVERALL, Record
 from eval.artefacts.runs import (
     MEAN,
     Runs,
@@ -28,10 +28,12 @@ TIMED = {  # folder -> its row in the comparison of seconds
     "thinkmorph": "base, interleaved",
     "base": "base, text-only",
     "sft": "sft, text-only",
+    "noise": "noise, text-only",
     "opsd": "opsd, text-only",
 }
 CATEGORIES = ("Visual_Search", "Spatial_Navigation", "Chart_Refocus", "Jigsaw_Assembly", OVERALL)
 PAPERS = "paper"
+FROM_THE_PAPER = "Copied from the paper, of a 7B model; not a result of this code."
 
 
 def table1(runs: Runs) -> Table:
@@ -86,9 +88,9 @@ def table2(runs: Runs) -> list[Table]:
         rows.append((title, *cells, seconds_cell(runs, system), paper, _paper_seconds(system)))
     header = ("system", *map(titled, names), "s per sample", "paper Avg", "paper s")
     note = (
-        "Accuracy in %, greedy, mean ± sd over seeds. Seconds: median of single samples on this "
-        "machine, without guidance. In the miniature, BAGEL is a model with random weights, and "
-        "SFT has the reference texts, which OPSD never sees."
+        "Accuracy in %, greedy, mean ± sd over seeds. Seconds: see the table of seconds (Fig. 7). "
+        "In the miniature, BAGEL is a model with random weights, and SFT has the reference texts, "
+        "which OPSD never sees."
     )
     main = Table("table2", "Accuracy and seconds", header, tuple(rows), note)
     return [main, paired_table(runs, "table2_paired", PAIRS), papers_table2()]
@@ -109,6 +111,53 @@ def _paper_seconds(system: str) -> Cell:
     return from_paper("seconds", system, form="{:.1f}")
 
 
+def latency(runs: Runs) -> Table:
+    """Seconds of single samples with all that they depend on."""
+    file = "latency/table.json"
+    records = runs.found(lambda: _timed(runs, file)) or []
+    rows = []
+    for record in records:
+        name, drawing = record["id"], record["values"]["drawing"]
+        ratio, per_sample, tokens = (
+            runs.results.value(file, key, id=name) for key in ("ratio", "seconds", "tokens")
+        )
+        speed = Measured(tokens.value / per_sample.value, tokens.sources)
+        sides = [record["values"][f"picture_{side}"] for side in ("width", "height")]
+        cells = [measured(per_sample, "{:.4f}"), measured(ratio), measured(tokens)]
+        cells += [
+            measured(speed, "{:.0f}"),
+            "–" if drawing is None else "{:.0f} x {:.0f}".format(*sides),
+        ]
+        cells += [
+            "–" if drawing is None else str(drawing[key])
+            for key in ("num_timesteps", "timestep_shift", "cfg_text_scale", "cfg_img_scale")
+        ]
+        rows.append((name, *cells))
+    header = (
+        "system", "s per sample", "times the last", "tokens", "tokens per s", "picture",
+        "grid points", "shift", "guidance, text", "guidance, image",
+    )  # fmt: skip
+    note = (
+        "Median of single samples, every system on the same one in turn; ratios are medians of "
+        "paired ratios. Tokens per second count all seconds, those of drawing too. Guidance 1.0 "
+        "is none."
+    )
+    rows = rows or [("all", *(missing(),) * (len(header) - 1))]
+    return Table("latency", "Seconds, and what they depend on", header, tuple(rows), note)
+
+
+def _timed(runs: Runs, file: str) -> list[Record]:
+    """The records of the comparison of seconds.
+
+    Raises:
+        NotRun: they are missing, or from before they named their settings.
+    """
+    records = runs.results.records(file)
+    if any("drawing" not in record["values"] for record in records):
+        raise NotRun(f"{file}: drawing")
+    return records
+
+
 def paired_table(runs: Runs, name: str, pairs: Sequence[str]) -> Table:
     """Differences of the means with interval, exact test and the value of each seed."""
     rows = []
@@ -117,8 +166,9 @@ def paired_table(runs: Runs, name: str, pairs: Sequence[str]) -> Table:
         rows.append((f"{first} - {second}", *_paired_cells(runs, first, second)))
     header = ("pair", "points (95 %)", *_by_seed(runs), "only first", "only second", "p")
     note = (
-        "Questions of all seeds. Interval and exact McNemar test are over questions, not over "
-        "training runs; the columns by seed show how far those differ."
+        "Questions of all seeds; where seeds share them, the interval is the mean of theirs and p "
+        "the largest. Interval and exact McNemar test are over questions, not over training runs; "
+        "the columns by seed show how far those differ."
     )
     return Table(name, "Paired tests", header, tuple(rows), note)
 
@@ -162,8 +212,8 @@ def papers_table2() -> Table:
         (SYSTEMS[s], *(from_paper("table2", s, place=i) for i in range(len(names))))
         for s in systems
     )
-    note = "Copied from the paper, of a 7B model on nine benchmarks; not a result of this code."
-    return Table("table2_paper", "The paper's own Table 2", ("system", *names), rows, note)
+    title = "The paper's own Table 2"
+    return Table("table2_paper", title, ("system", *names), rows, FROM_THE_PAPER)
 
 
 def table3(runs: Runs) -> Table:
@@ -207,8 +257,8 @@ def points_above(
     return Measured(a.value - b.value, tuple(dict.fromkeys((*a.sources, *b.sources))))
 
 
-def table4(runs: Runs) -> Table:
-    """Output tokens per answer."""
+def table4(runs: Runs) -> list[Table]:
+    """Output tokens per answer, and the paper's own table."""
     systems = ("opsd", "thinkmorph", "sft", "base")
     file = next(
         (f for f in (scores_of(0, "systems", s) for s in systems) if runs.results.has(f)), ""
@@ -225,12 +275,17 @@ def table4(runs: Runs) -> Table:
             for s in systems
         ]
         rows.append((titled(task), *cells))
-    paper = ("paper's average", *(from_paper("tokens", s, form="{:.1f}") for s in systems))
     header = ("benchmark", *(SYSTEMS[s] for s in systems))
     note = (
         "Generated tokens, without turn tokens and without diffusion steps; mean ± sd over seeds."
     )
-    return Table("table4", "Output tokens per answer", header, (*rows, paper), note)
+    ours = Table("table4", "Output tokens per answer", header, tuple(rows), note)
+    theirs = tuple(
+        (task, *(from_paper("table4", task, form="{:.1f}", place=place) for place in range(3)))
+        for task in paper_values()["table4"]
+    )
+    title = "The paper's own Table 4"
+    return [ours, Table("table4_paper", title, header[:4], theirs, FROM_THE_PAPER)]
 
 
 def table5(runs: Runs) -> list[Table]:
@@ -238,7 +293,22 @@ def table5(runs: Runs) -> list[Table]:
     return [
         _closing(runs, "table5", "kl", "on data set texts"),
         _closing(runs, "table5_own", "kl_own", "on the base's own samples"),
+        papers_table5(),
     ]
+
+
+def papers_table5() -> Table:
+    rows = tuple(
+        (
+            titled(task),
+            *(from_paper("table5", task, place=place) for place in range(3)),
+            *(from_paper("closed", task, form="{:.1f}", place=place) for place in range(2)),
+        )
+        for task in CATEGORIES
+    )
+    header = ("task", "K_gen before", "K after, noise", "K after, OPSD", "closed, noise, %")
+    header += ("closed, OPSD, %",)
+    return Table("table5_paper", "The paper's own Table 5", header, rows, FROM_THE_PAPER)
 
 
 def _closing(runs: Runs, name: str, folder: str, where: str) -> Table:
@@ -251,14 +321,10 @@ def _closing(runs: Runs, name: str, folder: str, where: str) -> Table:
             cells.append(
                 runs.cell(lambda s, t=task, n=student: closed(runs, s, n, t, folder), "{:.1f}")
             )
-        if folder == "kl":
-            cells += [from_paper("closed", task, form="{:.1f}", place=i) for i in (0, 1)]
         rows.append((titled(task), *cells))
     header = ("task", "K_gen before")
     for title in ("noise", "SFT from ThinkMorph", "OPSD"):
         header += (f"K after, {title}", f"closed, {title}, %")
-    if folder == "kl":
-        header += ("closed, noise, paper", "closed, OPSD, paper")
     note = "Nats per token; share of the gap in %, below zero it has grown. Mean ± sd over seeds."
     return Table(name, f"Gap closing {where}", header, tuple(rows), note)
 
@@ -284,10 +350,11 @@ def table6(runs: Runs) -> Table:
             ]
             share = runs.single(lambda r=run: swept_gap(runs, r), "{:.1f}")
             rows.append((label, *cells, share, from_paper("table6", knob, value)))
-    header = ("run", *map(titled, names), "gap closed, %", "paper Avg3")
+    header = ("run", *map(titled, names), "gap closed, %", "paper, mean of 3")
     note = (
         "Accuracy in % and gap closed with 95 % intervals over questions and texts; one training "
-        "run each, so differences of a few points may be chance. 0 means off: all entries, no clip."
+        "run each, so differences of a few points may be chance. 0 means off: all entries, no "
+        "clip. The paper's mean is over VSP, VisPuzzle and BLINK-J."
     )
     return Table("table6", "Sensitivity", header, tuple(rows), note)
 
