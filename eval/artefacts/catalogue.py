@@ -62,7 +62,7 @@ ARTEFACTS: dict[str, Recipe] = {
     "table6": Recipe(
         "Sensitivity", "Table 6, App. J", ("sweep/*",),
         lambda runs: _present(tables.table6(runs), pictures.sweeps(runs)),
-        ("One seed and half the updates for each run.",),
+        ("One seed each; in the miniature with half the updates.",),
     ),
     "figure1": Recipe(
         "Accuracy, gains and cost", "Fig. 1", (*EVERY_SEED, "latency"),

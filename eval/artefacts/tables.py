@@ -337,7 +337,7 @@ def swept_values(runs: Runs, knob: str) -> list[tuple[str, str]]:
 
 
 def table6(runs: Runs) -> Table:
-    """Sensitivity to the knobs: one seed, half the updates, one knob at a time."""
+    """Sensitivity to the knobs: one seed, one knob at a time."""
     settings = {knob: swept_values(runs, knob) for knob in runs.plan.sweeps}
     trained = [run for values in settings.values() for _, run in values]
     names = runs.columns_in("sweep/systems", trained)
