@@ -1,6 +1,6 @@
 """Every table and figure of the paper, from runs to report, by one command that can be interrupted.
 
-    python -m eval.reproduce                        # the miniature, about an hour on two cores
+    python -m eval.reproduce                        # the miniature, 60 to 90 minutes on two cores
     python -m eval.reproduce --only table5 figure5  # what these need, and a report of all there is
     python -m eval.reproduce --scale paper --list   # the same steps at 7B
 

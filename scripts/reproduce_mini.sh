@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every table and figure of the paper on the miniature, from runs to one page: base, SFT, noise
-# control and OPSD with three seeds, sweeps, interventions, attention, latency, cases, ledger. About
-# an hour on two cores, on the CPU. The same command goes on where it was interrupted.
+# control and OPSD with three seeds, sweeps, interventions, attention, latency, cases, ledger. 60 to
+# 90 minutes on two cores, on the CPU. The same command goes on where it was interrupted.
 #   bash scripts/reproduce_mini.sh [--only ARTEFACT ...] [--seeds N] [--name NAME] [--quick]
 #                                  [--list] [--report_only]
 # --only table5 runs what Table 5 needs, --quick a few updates of everything. Writes
