@@ -4,9 +4,10 @@ A figure is WIDTH inches wide. Its smallest text is still above 8 pixels high wh
 the picture 358 pixels wide; what needs room grows in height.
 """
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -201,15 +202,22 @@ def sized(axis: Axes) -> None:
 
 
 def bars(
-    axis: Axes, rows: Sequence[tuple[float, Measured | None]], look: Look, number: str, label: str
+    axis: Axes,
+    rows: Sequence[tuple[float, Measured | None]],
+    look: Look,
+    number: str,
+    label: str,
+    floor: float = -math.inf,
 ) -> None:
     """Horizontal bars with whiskers, the number at their far end; "not run" where None is.
 
     Args:
         rows: (place on the vertical axis, value); a bar is 0.86 high.
         number: format of the printed value.
+        floor: bars end here at the latest; the number of one that goes on has an arrow.
     """
-    done = [(place, value) for place, value in rows if value is not None]
+    done = [(place, cut(value, floor)) for place, value in rows if value is not None]
+    printed = {place: value.value for place, value in rows if value is not None}
     places = [place for place, _ in done]
     axis.barh(places, [value.value for _, value in done], 0.86, label=label, **fill(look))
     whiskers(axis, done)
@@ -217,11 +225,20 @@ def bars(
         low, high = ends(value)
         negative = value.value < 0
         edge = min(value.value, low) if negative else max(value.value, high)
-        text = number.format(value.value).replace("-", MINUS)
+        text = number.format(printed[place]).replace("-", MINUS)
+        text = f"◂ {text}" if printed[place] < floor else text
         _beside(axis, edge, place, text, -1 if negative else 1)
     for place, value in rows:
         if value is None:
             _beside(axis, 0, place, NOT_RUN, 1).set_style("italic")
+
+
+def cut(value: Measured, floor: float) -> Measured:
+    """A value and its ends, none of them below `floor`."""
+    if value.value >= floor and min(ends(value)) >= floor:
+        return value
+    low, high = (max(end, floor) for end in ends(value))
+    return replace(value, value=max(value.value, floor), low=low, high=high, sd=None)
 
 
 def whiskers(axis: Axes, rows: Sequence[tuple[float, Measured]]) -> None:

@@ -5,6 +5,7 @@ nothing is read from disk and no number enters by hand. None in the place of a v
 was not run, and the figure says so.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ from eval.figure_style import (
     Look,
     bars,
     common_keys,
+    cut,
     frame,
     leave_room,
     looks_of,
@@ -41,6 +43,7 @@ Setting = tuple[str, Measured | None, Measured | None]
 
 ROW = 0.165  # inches per bar
 AXIS = 0.55  # inches of ticks and the label below the bars
+FLOOR = -100.0  # % of a gap: what has doubled it and more would flatten all other bars
 BETWEEN = 0.9  # bars that would fit between two groups
 GAIN, LOSS = LOOKS[0], Look(VERMILLION, "///", "s", "-")
 DEFAULT, VARIED = LOOKS[0], Look("#a9a9a9", "///", "o", "-")
@@ -238,13 +241,13 @@ def sweep(
         if default is not None and default not in names:
             raise ValueError(f"default {default!r} of {knob!r} is not among {names}")
         _settings(left, [(name, value) for name, value, _ in settings], default)
-        _settings(right, [(name, value) for name, _, value in settings], default)
+        _settings(right, [(name, value) for name, _, value in settings], default, FLOOR)
         left.set_title(knob, loc="left", fontsize=BODY, weight="bold", color=INK, pad=3)
         right.tick_params(labelleft=False)
     every = [setting for settings in panels.values() for setting in settings]
     for left, right in axes:
         leave_room(left, [value for _, value, _ in every], 1.9, top=100)
-        leave_room(right, [value for _, _, value in every], 1.9, top=1)
+        leave_room(right, [value and cut(value, FLOOR) for _, _, value in every], 1.9, top=1)
     axes[-1, 0].set_xlabel("accuracy, %")
     axes[-1, 1].set_xlabel("gap closed, %")
     for axis in axes.flat:
@@ -254,12 +257,15 @@ def sweep(
 
 
 def _settings(
-    axis: Axes, values: Sequence[tuple[str, Measured | None]], default: str | None
+    axis: Axes,
+    values: Sequence[tuple[str, Measured | None]],
+    default: str | None,
+    floor: float = -math.inf,
 ) -> None:
     """The bars of one setting and one quantity."""
     for place, (name, value) in enumerate(values):
         look = DEFAULT if name == default else VARIED
-        bars(axis, [(place, value)], look, "{:.1f}", name)
+        bars(axis, [(place, value)], look, "{:.1f}", name, floor)
     plain(axis, "x")
     names = [f"{name} (default)" if name == default else name for name, _ in values]
     name_rows(axis, range(len(values)), names, len(values) - 0.35)

@@ -212,7 +212,7 @@ def curves(
 
     Args:
         references: name -> value of what is not trained here, as a horizontal line.
-        best: name -> step of the chosen checkpoint, marked by a ring.
+        best: name -> step of the best checkpoint, marked by a ring.
         limits: of the vertical axis; default: what the values need.
 
     Raises:
@@ -234,7 +234,7 @@ def curves(
     handles += _references(axis, references or {})
     if best:
         _ring(axis, series, best)
-        handles.append(Line2D([], [], label="chosen checkpoint", **RING))
+        handles.append(Line2D([], [], label="best on validation data", **RING))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if limits is not None:
         axis.set_ylim(*limits)

@@ -360,6 +360,12 @@ def test_sweep_marks_defaults_and_keeps_both_quantities_apart():
     assert faces["64"] == to_rgba(LOOKS[0].color) != faces["8"]
     assert axes[2].get_xlabel() == "accuracy, %" and axes[3].get_xlabel() == "gap closed, %"
     assert axes[1].get_xlim()[0] < -30 and axes[0].get_xlim()[0] == 0
+    # what collapsed does not flatten the others; its number stays
+    low = m(-8913.7, -9500, -8000)
+    far = sweep({"K": [("8", m(40), low), ("64", m(50), m(70, -200, 90))]}, {"K": "8"}).axes[1]
+    assert [(w) for found in bars(far).values() for _, _, w in found] == [-100, 70]
+    assert -300 < far.get_xlim()[0] < -100 and "◂ −8913.7" in notes(far)
+    assert spans(far) == [(1, -100, 90)]
     with pytest.raises(ValueError, match="default '7' of 'K' is not among"):
         sweep({"K": [("8", None, None)]}, {"K": "7"})
 
@@ -376,7 +382,7 @@ def test_curves_leave_gaps_and_mark_the_best():
     assert points(axis, "best a") == [(20, 3)]
     assert list(line(axis, "base").get_ydata()) == [4, 4]
     assert legend(figure) == [
-        "a (not run at 10)", "b", "c (not run)", "base", "old (not run)", "chosen checkpoint",
+        "a (not run at 10)", "b", "c (not run)", "base", "old (not run)", "best on validation data",
     ]  # fmt: skip
     assert axis.collections[0].get_segments()[0].tolist() == [[20, 2], [20, 5]]
     assert (axis.get_ylabel(), axis.get_xlabel()) == ("KL, nats", "optimizer steps")
