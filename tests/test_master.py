@@ -255,7 +255,7 @@ def test_weights_may_share_storage_and_keep_it(tmp_path, world):
     student = base(world)
     optimizer = optimizer_of(student)
     joined = share_storage(StudentItself(student).model)
-    progress = Progress({}, {})
+    progress = Progress({}, {}, {})
     for step in (1, 2):
         learn(student, optimizer)
         save_state(tmp_path / str(step), step, {}, {"student": student}, optimizer, progress, world)
