@@ -170,7 +170,8 @@ class Step:
     """One command.
 
     files: what has to be there when it is done, from the root of the repository. needs: steps that
-    come first. fresh: folders that the command cannot go on with; they are removed before it runs.
+    come first. fresh: folders that the command draws from its seed and cannot go on with: they
+    are removed before it runs.
     """
 
     name: str

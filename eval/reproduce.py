@@ -63,14 +63,15 @@ def finished(plan: Plan, name: str) -> float | None:
 
 def undone(plan: Plan, steps: Sequence[Step]) -> list[tuple[Step, bool]]:
     """The steps to run, and whether what they left has to go first: a step on which they build was
-    run again after them, or will be.
+    run again after them, or will be. What is drawn from a seed is the same when it is drawn again.
     """
     missing: dict[str, bool] = {}
     for step in steps:
         there, ended = is_done(plan, step), finished(plan, step.name)
-        above = [finished(plan, name) or 0.0 for name in step.needs]
+        needs = [name for name in step.needs if not plan.steps[name].fresh]
+        above = [finished(plan, name) or 0.0 for name in needs]
         stale = ended is not None and (
-            max(above, default=0.0) > ended or any(name in missing for name in step.needs)
+            max(above, default=0.0) > ended or any(name in missing for name in needs)
         )
         if stale or not there:
             missing[step.name] = stale
@@ -154,7 +155,6 @@ def run_all(plan: Plan, steps: Sequence[Step]) -> None:
         for number, (step, stale) in enumerate(missing, len(steps) - len(missing) + 1):
             if stale:
                 shutil.rmtree(Path(plan.results) / step.name, ignore_errors=True)
-                shutil.rmtree(Path(plan.checkpoints) / step.name, ignore_errors=True)
             title = f"{number}/{len(steps)} {step.name}  ({clock(time.monotonic() - start)})"
             print(f"-- {step.name}: {clock(run_step(plan, step, title, lock))}", flush=True)
         if missing:

@@ -205,6 +205,18 @@ def test_what_builds_on_a_step_that_runs_again_runs_again_from_nothing(fake, tmp
     assert [(step.name, stale) for step, stale in found] == [("sub/two", True), ("three", True)]
 
 
+def test_data_that_is_drawn_again_changes_nothing_else(fake, tmp_path):
+    (tmp_path / "go").touch()
+    fake.steps["one"] = replace(fake.steps["one"], fresh=(str(tmp_path / "half"),))
+    fake.run()
+    (tmp_path / "results" / "one" / "out").unlink()
+    fake.run()
+    assert fake.ran() == "one sub/two three one "
+    assert not [s.name for s in PLANS["mini"].steps.values() if s.fresh and s.needs]
+    drawn = {s.name for s in PLANS["mini"].steps.values() if s.fresh}
+    assert drawn == {f"seed{seed}/{name}" for seed in range(3) for name in ("data", "before")}
+
+
 def test_a_folder_that_cannot_be_gone_on_with_is_removed_first(fake, tmp_path):
     half = tmp_path / "half"
     half.mkdir()
