@@ -100,7 +100,7 @@ def per_seed(runs: Runs) -> Table:
         ]
         rows.append((title, *cells))
     header = ("system", *(f"seed {seed}" for seed in runs.seeds))
-    note = "Mean accuracy in % with 95 % intervals over questions. Every seed has data of its own."
+    note = "Mean accuracy in % with 95 % intervals over questions."
     return Table("seeds", "Seed by seed", header, tuple(rows), note)
 
 

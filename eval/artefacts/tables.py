@@ -139,8 +139,8 @@ def latency(runs: Runs) -> Table:
     )  # fmt: skip
     note = (
         "Median of single samples, every system on the same one in turn; ratios are medians of "
-        "paired ratios. Tokens per second count all seconds, those of drawing too. Guidance 1.0 "
-        "is none."
+        "paired ratios. Tokens per second are mean tokens over these seconds, those of drawing "
+        "too. Guidance 1.0 is none."
     )
     rows = rows or [("all", *(missing(),) * (len(header) - 1))]
     return Table("latency", "Seconds, and what they depend on", header, tuple(rows), note)
